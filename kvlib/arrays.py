@@ -1,0 +1,194 @@
+"""NumPy or torch behind one namespace: every corner where the two differ lives here.
+
+The rest of kvlib writes array-API code (``xp.exp``, ``x.mT``, ``keepdims=True``) and asks a `Backend` for the few
+things that standard leaves out: gathers into a buffer, in-place exponentials, bfloat16, threads.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from kvlib.spec import FLOAT_BYTES
+
+Array = Any  # numpy.ndarray or torch.Tensor
+
+
+class NumpyBackend:
+    """NumPy arrays in host memory. ``xp`` is NumPy itself, which speaks the array API since version 2."""
+
+    name = "numpy"
+    device = None
+    xp = np
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, np.ndarray)
+
+    def dtype(self, name: str) -> np.dtype:
+        if name == "bfloat16":
+            try:
+                import ml_dtypes
+            except ImportError as error:
+                raise ImportError("bfloat16 on NumPy needs the package ml_dtypes: pip install ml_dtypes") from error
+            return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(name)
+
+    def dtype_name(self, x: np.ndarray) -> str:
+        return x.dtype.name
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return np.empty(shape, self.dtype(dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return np.zeros(shape, self.dtype(dtype))
+
+    def asarray(self, x: object) -> np.ndarray:
+        return np.asarray(x)
+
+    def detach(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def astype(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        return x.astype(self.dtype(dtype), copy=False)
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def take(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """``x[rows]`` along the first axis; ``rows`` may have any shape."""
+        # mode="clip" skips NumPy's bounds-checking copy. Block ids are valid by construction.
+        return np.take(x, rows, axis=0, mode="clip")
+
+    def exp_(self, x: np.ndarray) -> np.ndarray:
+        return np.exp(x, out=x)
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """Apply ``function`` to every item, on as many threads as there are cores: NumPy releases the interpreter."""
+        items = list(items)
+        if len(items) < 2 or num_threads() == 1:
+            return [function(item) for item in items]
+        return list(_thread_pool().map(function, items))
+
+
+class TorchBackend:
+    """torch tensors on one device. torch runs its own threads, so ``map`` is a plain loop."""
+
+    name = "torch"
+
+    def __init__(self, device: str | None = None) -> None:
+        try:
+            import array_api_compat.torch as xp
+            import torch
+        except ImportError as error:
+            raise ImportError("backend='torch' needs torch and array-api-compat: pip install 'kvlib[torch]'") from error
+        self.torch, self.xp = torch, xp
+        self.device = torch.device(device or "cpu")
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device; use device='cpu'")
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, self.torch.Tensor) and x.device == self.device
+
+    def dtype(self, name: str) -> Any:
+        return getattr(self.torch, name)
+
+    def dtype_name(self, x: Array) -> str:
+        return str(x.dtype).removeprefix("torch.")
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return self.torch.empty(shape, dtype=self.dtype(dtype), device=self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return self.torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
+
+    def asarray(self, x: object) -> Array:
+        return self.torch.as_tensor(x, device=self.device)
+
+    def detach(self, x: Array) -> Array:
+        """``x`` without its autograd history: a cache is not trained through."""
+        return x.detach()
+
+    def astype(self, x: Array, dtype: str) -> Array:
+        return x.to(self.dtype(dtype))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        x = x.detach().cpu()
+        if x.dtype == self.torch.bfloat16:  # NumPy has no bfloat16 of its own: hand the bits over
+            return x.view(self.torch.uint16).numpy().view(numpy_backend.dtype("bfloat16"))
+        return x.numpy()
+
+    def take(self, x: Array, rows: np.ndarray) -> Array:
+        """``x[rows]`` along the first axis; ``rows`` is a NumPy array of any shape."""
+        index = self.asarray(rows)
+        return self.torch.index_select(x, 0, index.reshape(-1)).reshape(*index.shape, *x.shape[1:])
+
+    def exp_(self, x: Array) -> Array:
+        return x.exp_()
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        return [function(item) for item in items]
+
+
+Backend = NumpyBackend | TorchBackend
+numpy_backend = NumpyBackend()
+
+
+def get_backend(name: str, device: str | None = None) -> Backend:
+    """The backend called ``name`` ("numpy" or "torch") on ``device`` (torch only; None is the CPU).
+
+    Raises:
+        ValueError: an unknown name, a device for NumPy, or a CUDA device that is not there.
+        ImportError: torch is asked for and not installed.
+    """
+    if name == "numpy":
+        if device not in (None, "cpu"):
+            raise ValueError(f"backend='numpy' lives on the CPU, got device={device!r}; use backend='torch'")
+        return numpy_backend
+    if name == "torch":
+        return TorchBackend(device)
+    raise ValueError(f"backend must be 'numpy' or 'torch', got {name!r}")
+
+
+def backend_of(x: Array) -> Backend:
+    """The backend that ``x`` belongs to; raises TypeError for anything but a NumPy array or a torch tensor."""
+    if isinstance(x, np.ndarray):
+        return numpy_backend
+    if type(x).__module__.partition(".")[0] == "torch":
+        return _torch_backend(str(x.device))
+    raise TypeError(f"expected a NumPy array or a torch tensor, got {type(x).__name__}")
+
+
+def check_float(name: str, x: Array, backend: Backend) -> None:
+    """Raise TypeError unless ``x`` is a floating-point array of ``backend``; the message says what came instead."""
+    if not backend.owns(x):
+        where = f"{backend.name} array" + (f" on {backend.device}" if backend.device else "")
+        came = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
+        if getattr(x, "device", None) is not None and not isinstance(x, np.ndarray):
+            came += f" on {x.device}"
+        raise TypeError(f"{name} must be a {where}, got a {came}; convert it or build the cache for that backend")
+    if backend.dtype_name(x) not in FLOAT_BYTES:
+        raise TypeError(f"{name} must have a dtype of {', '.join(FLOAT_BYTES)}, got {backend.dtype_name(x)}")
+
+
+@functools.cache
+def _torch_backend(device: str) -> TorchBackend:
+    return TorchBackend(device)
+
+
+@functools.cache
+def num_threads() -> int:
+    """Threads for NumPy work: the cores this process may use, or the environment variable KVLIB_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(os.environ.get("KVLIB_NUM_THREADS", cores)))
+
+
+@functools.cache
+def _thread_pool() -> Any:
+    from concurrent.futures import ThreadPoolExecutor  # imported late: `import kvlib` stays as light as NumPy
+
+    return ThreadPoolExecutor(num_threads(), thread_name_prefix="kvlib")

@@ -1,0 +1,70 @@
+"""BlockPool: who holds which block. It knows ids and counts, and nothing of what the blocks contain."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+
+class CacheFull(MemoryError):
+    """A step needed more blocks than are free. Nothing was stored; free or preempt a sequence and try again.
+
+    Attributes: ``needed`` and ``free``, in blocks.
+    """
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        super().__init__(
+            f"this step needs {needed} more blocks, and {free} of {total} are free; close or truncate a sequence, "
+            f"or build the cache with a larger num_blocks"
+        )
+        self.needed, self.free, self.total = needed, free, total
+
+
+class BlockPool:
+    """``num_blocks`` blocks, each with a reference count; a count of 0 means that the block is free.
+
+    The free ids lie in the first ``num_free`` slots of one array, used as a stack: taking and returning are O(1) and
+    the pool never grows.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.refs = np.zeros(num_blocks, np.int32)
+        self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # block 0 is handed out first
+        self.num_free = num_blocks
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.refs, self._free
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def allocate(self, count: int) -> np.ndarray:
+        """Take ``count`` free blocks, each with one reference. Raises CacheFull and takes none if there are too few."""
+        if count > self.num_free:
+            raise CacheFull(count, self.num_free, len(self))
+        self.num_free -= count
+        ids = self._free[self.num_free : self.num_free + count][::-1].copy()
+        self.refs[ids] = 1
+        return ids
+
+    def share(self, ids: Iterable[int]) -> None:
+        """Add one reference to each block. Raises ValueError, and changes nothing, if one of them is free."""
+        ids = self._in_use(ids, "share")
+        np.add.at(self.refs, ids, 1)
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Drop one reference of each block; those that reach 0 are free again. Raises ValueError on a double free."""
+        ids, counts = np.unique(self._in_use(ids, "release"), return_counts=True)
+        if np.any(self.refs[ids] < counts):
+            raise ValueError(f"blocks {ids[self.refs[ids] < counts].tolist()} are released more often than they are held")
+        self.refs[ids] -= counts.astype(self.refs.dtype)
+        freed = ids[self.refs[ids] == 0][::-1]
+        self._free[self.num_free : self.num_free + len(freed)] = freed
+        self.num_free += len(freed)
+
+    def _in_use(self, ids: Iterable[int], what: str) -> np.ndarray:
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        if np.any((ids < 0) | (ids >= len(self))):
+            raise ValueError(f"cannot {what} blocks {ids.tolist()}: ids run from 0 to {len(self) - 1}")
+        if np.any(self.refs[ids] == 0):
+            raise ValueError(f"cannot {what} blocks {ids[self.refs[ids] == 0].tolist()}: they are free")
+        return ids

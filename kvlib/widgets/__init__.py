@@ -1,0 +1,32 @@
+"""Explorables: small interactive figures that need no kernel.
+
+Each is an anywidget whose data is computed by Python when the notebook runs, and whose JavaScript does the rest, in a notebook
+and in the built book alike. A new explorable is a subclass, a ``name.js`` beside this file that exports ``explore``, and
+nothing else; `common.js` gives it controls, SVG and the theme.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+_HERE = Path(__file__).parent
+
+
+class Explorable(anywidget.AnyWidget):
+    """Base class. ``data`` is what the JavaScript computes from: plain numbers, lists and strings only."""
+
+    data = traitlets.Dict().tag(sync=True)
+    _css = (_HERE / "common.css").read_text(encoding="utf-8")
+
+    def __init_subclass__(cls, script: str = "", **kwargs: Any) -> None:
+        cls._esm = "\n".join((_HERE / part).read_text(encoding="utf-8") for part in ("common.js", script))
+        super().__init_subclass__(**kwargs)
+
+    def __repr__(self) -> str:
+        """Stable between runs, so that strict nbval can compare a cell that shows one."""
+        return f"{type(self).__name__}(…)"
+
+
+# Explorables are added below, one class each:
