@@ -13,7 +13,7 @@ from kvlib.spec import CacheSpec
 __version__ = "0.1.0"
 __all__ = ["CATALOGUE", "CacheFull", "CacheSpec", "KVCache", "Transformer", "generate", "tinylm"]
 
-_LATE = {"Transformer": "kvlib.model", "tinylm": "kvlib.generate", "generate": "kvlib.generate"}
+_LATE = {"Transformer": "kvlib.model", "tinylm": "kvlib.generation", "generate": "kvlib.generation"}
 
 
 def __getattr__(name: str):

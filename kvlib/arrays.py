@@ -22,6 +22,7 @@ class NumpyBackend:
     name = "numpy"
     device = None
     xp = np
+    serial_product = 1 << 18  # multiply-adds up to which OpenBLAS runs a matrix product on the calling thread
 
     def owns(self, x: object) -> bool:
         return isinstance(x, np.ndarray)
@@ -36,7 +37,7 @@ class NumpyBackend:
         return np.dtype(name)
 
     def dtype_name(self, x: np.ndarray) -> str:
-        return x.dtype.name
+        return _dtype_name(x.dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.empty(shape, self.dtype(dtype))
@@ -56,10 +57,10 @@ class NumpyBackend:
     def to_numpy(self, x: np.ndarray) -> np.ndarray:
         return x
 
-    def take(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """``x[rows]`` along the first axis; ``rows`` may have any shape."""
-        # mode="clip" skips NumPy's bounds-checking copy. Block ids are valid by construction.
-        return np.take(x, rows, axis=0, mode="clip")
+    def take(self, x: np.ndarray, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """``x[rows]`` along the first axis, written to ``out``; ``rows`` may have any shape."""
+        # mode="clip" because "raise" makes NumPy fill a copy of `out` first; block ids are valid by construction
+        return np.take(x, rows, axis=0, mode="clip", out=out)
 
     def exp_(self, x: np.ndarray) -> np.ndarray:
         return np.exp(x, out=x)
@@ -76,6 +77,7 @@ class TorchBackend:
     """torch tensors on one device. torch runs its own threads, so ``map`` is a plain loop."""
 
     name = "torch"
+    serial_product = 0  # whatever the size, torch decides how many threads it takes
 
     def __init__(self, device: str | None = None) -> None:
         try:
@@ -84,12 +86,13 @@ class TorchBackend:
         except ImportError as error:
             raise ImportError("backend='torch' needs torch and array-api-compat: pip install 'kvlib[torch]'") from error
         self.torch, self.xp = torch, xp
-        self.device = torch.device(device or "cpu")
-        if self.device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device; use device='cpu'")
-            if self.device.index is None:
-                self.device = torch.device("cuda", torch.cuda.current_device())
+        try:
+            kind = torch.device(device or "cpu").type
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be one that torch knows, 'cpu' or 'cuda', got {device!r}") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device; use device='cpu'")
+        self.device = torch.empty(0, device=device or "cpu").device  # "cuda" becomes "cuda:0", "cpu:0" becomes "cpu"
 
     def owns(self, x: object) -> bool:
         return isinstance(x, self.torch.Tensor) and x.device == self.device
@@ -104,7 +107,9 @@ class TorchBackend:
         return self.torch.empty(shape, dtype=self.dtype(dtype), device=self.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return self.torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
+        # a tensor born in inference mode could only be written in inference mode, and a cache outlives its caller's mode
+        with self.torch.inference_mode(False):
+            return self.torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
     def asarray(self, x: object) -> Array:
         return self.torch.as_tensor(x, device=self.device)
@@ -122,10 +127,10 @@ class TorchBackend:
             return x.view(self.torch.uint16).numpy().view(numpy_backend.dtype("bfloat16"))
         return x.numpy()
 
-    def take(self, x: Array, rows: np.ndarray) -> Array:
-        """``x[rows]`` along the first axis; ``rows`` is a NumPy array of any shape."""
-        index = self.asarray(rows)
-        return self.torch.index_select(x, 0, index.reshape(-1)).reshape(*index.shape, *x.shape[1:])
+    def take(self, x: Array, rows: np.ndarray, out: Array) -> Array:
+        """``x[rows]`` along the first axis, written to ``out``; ``rows`` is a NumPy array of any shape."""
+        self.torch.index_select(x, 0, self.asarray(rows.reshape(-1)), out=out.view(-1, *x.shape[1:]))
+        return out
 
     def exp_(self, x: Array) -> Array:
         return x.exp_()
@@ -173,6 +178,11 @@ def check_float(name: str, x: Array, backend: Backend) -> None:
         raise TypeError(f"{name} must be a {where}, got a {came}; convert it or build the cache for that backend")
     if backend.dtype_name(x) not in FLOAT_BYTES:
         raise TypeError(f"{name} must have a dtype of {', '.join(FLOAT_BYTES)}, got {backend.dtype_name(x)}")
+
+
+@functools.cache
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy composes the name anew at every call, which a decode step would notice
 
 
 @functools.cache

@@ -53,42 +53,37 @@ def merge(a: Partial, b: Partial) -> Partial:
     """The partial of two tiles together. Associative and commutative, up to rounding."""
     backend, xp = backend_of(a.m), backend_of(a.m).xp
     m = xp.maximum(a.m, b.m)
-    keep_a, keep_b = backend.exp_(a.m - _finite(m)), backend.exp_(b.m - _finite(m))
+    shift = _finite(m)
+    keep_a, keep_b = backend.exp_(a.m - shift), backend.exp_(b.m - shift)
     return Partial(m, a.l * keep_a + b.l * keep_b, a.o * keep_a + b.o * keep_b)
 
 
-def merge_axis(parts: Partial, axis: int) -> Partial:
-    """Merge the partials that lie side by side along ``axis`` of every array: `merge`, many at a time."""
-    backend, xp = backend_of(parts.m), backend_of(parts.m).xp
-    m = xp.max(parts.m, axis=axis, keepdims=True)
-    keep = backend.exp_(parts.m - _finite(m))
-    total = Partial(m, parts.l * keep, parts.o * keep)
-    return Partial(xp.squeeze(m, axis=axis), xp.sum(total.l, axis=axis), xp.sum(total.o, axis=axis))
-
-
 def attend_strips(q: Array, k: Array, v: Array, strip: int) -> Partial:
-    """`attend_tile` for few rows and many keys: cut the tile into strips, attend them side by side, merge them.
+    """`attend_tile` for few rows and many keys, as a stack of products over ``strip`` keys each.
 
-    Same shapes and same answer as ``attend_tile(q, k, v)``. Each strip is one small matrix product, which a BLAS library
-    runs on the calling thread, so that several threads can each take a tile without fighting over BLAS's own.
+    Same shapes and same answer as ``attend_tile(q, k, v)``. A small product runs on the thread that asks for it, where a
+    large one would wake BLAS's own threads: so several threads can each attend a tile of their own.
     """
+    backend, xp = backend_of(q), backend_of(q).xp
     whole = k.shape[-2] // strip * strip
-    if whole == 0:
-        return attend_tile(q, k, v)
+    if whole < k.shape[-2]:
+        rest = attend_tile(q, k[..., whole:, :], v[..., whole:, :])
+        return merge(attend_strips(q, k[..., :whole, :], v[..., :whole, :], strip), rest) if whole else rest
 
     def strips(x: Array) -> Array:
-        return x[..., :whole, :].reshape(*x.shape[:-2], -1, strip, x.shape[-1])
+        return x.reshape(*x.shape[:-2], -1, strip, x.shape[-1])
 
-    part = merge_axis(attend_tile(q[..., None, :, :], strips(k), strips(v)), axis=-3)
-    if whole == k.shape[-2]:
-        return part
-    return merge(part, attend_tile(q, k[..., whole:, :], v[..., whole:, :]))
+    scores = q[..., None, :, :] @ strips(k).mT  # (..., strips, R, strip)
+    m = xp.max(scores, axis=(-3, -1), keepdims=True)
+    scores -= m
+    weights = backend.exp_(scores)
+    o = xp.sum(weights @ strips(v), axis=-3)
+    return Partial(m[..., 0, :, :], xp.sum(weights, axis=(-3, -1))[..., None], o)
 
 
 def fold(partials: Iterable[Partial]) -> Partial:
     """Merge the partials of all tiles, one after another: flash attention without the fusion."""
     return functools.reduce(merge, partials)
-    return functools.reduce(merge, (attend_tile(q, *tile) for tile in tiles))
 
 
 def causal_bias(q_positions: Array, k_positions: Array, dtype: str) -> Array:

@@ -39,6 +39,8 @@ class BlockPool:
 
     def allocate(self, count: int) -> np.ndarray:
         """Take ``count`` free blocks, each with one reference. Raises CacheFull and takes none if there are too few."""
+        if count < 0:
+            raise ValueError(f"cannot allocate {count} blocks")
         if count > self.num_free:
             raise CacheFull(count, self.num_free, len(self))
         self.num_free -= count

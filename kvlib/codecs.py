@@ -7,8 +7,7 @@ reads them back. `BlockStorage` owns the arrays; a codec owns their meaning.
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvlib.arrays import Array, Backend, backend_of
-from kvlib.spec import FLOAT_BYTES
+from kvlib.arrays import Array, backend_of
 
 
 class Codec(Protocol):

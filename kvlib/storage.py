@@ -1,5 +1,6 @@
 """BlockStorage: the arrays behind the blocks, written and read through a codec."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,42 +33,72 @@ class BlockStorage:
         yield from self.v.values()
 
     def encode(self, k: Array, v: Array | None) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The planes of rows k (N, Hkv, D) and v (N, Hkv, Dv), ready for `write`."""
+        """The planes of k (B, Hkv, T, D) and v (B, Hkv, T, Dv), ready for `write`."""
         return self.codec.encode(k), self.codec.encode(v) if self.v else {}
 
-    def write(self, layer: int, blocks: np.ndarray, slots: np.ndarray, encoded: tuple[dict, dict]) -> None:
-        """Store encoded rows: row n goes to slot ``slots[n]`` of block ``blocks[n]``."""
-        blocks, slots = self.backend.asarray(blocks), self.backend.asarray(slots)
-        for planes, rows in zip((self.k, self.v), encoded):
-            for name, values in rows.items():
-                planes[name][layer][blocks, :, slots] = values
+    def write(self, layer: int, tables: np.ndarray, starts: np.ndarray, encoded: tuple[dict, dict]) -> None:
+        """Store encoded tokens: those of sequence b go to positions ``starts[b]``, … behind the block table ``tables[b]``."""
+        for planes, fresh in zip((self.k, self.v), encoded):
+            for name, values in fresh.items():
+                plane = planes[name][layer]
+                if values.shape[2] == 1:  # a decode step: one slot in each sequence, all in one assignment
+                    blocks = np.take_along_axis(tables, starts[:, None] // self.block_size, axis=1)[:, 0]
+                    slots = self.backend.asarray(starts % self.block_size)
+                    plane[self.backend.asarray(blocks), :, slots] = values[:, :, 0]
+                else:
+                    for table, start, tokens in zip(tables, starts.tolist(), values):
+                        self._write_run(plane, table, start, tokens)
 
-    def read(self, layer: int, table: np.ndarray, start: int, stop: int, dtype: str) -> tuple[Array, Array]:
-        """Tokens start..stop-1 of the sequence whose blocks are ``table``: k (Hkv, S, D) and v (Hkv, S, Dv) in ``dtype``.
+    def _write_run(self, plane: Array, table: np.ndarray, start: int, tokens: Array) -> None:
+        """tokens (Hkv, T, columns) into consecutive slots: the end of a block, whole blocks at once, the start of one."""
+        size, stop = self.block_size, start + tokens.shape[1]
+        whole = min(stop, math.ceil(start / size) * size)
+        tail = max(whole, stop // size * size)
+        for lo, hi in ((start, whole), (tail, stop)):
+            if lo < hi:
+                plane[int(table[lo // size]), :, lo % size : lo % size + hi - lo] = tokens[:, lo - start : hi - start]
+        if whole < tail:
+            ids = self.backend.asarray(table[whole // size : tail // size])
+            blocks = tokens[:, whole - start : tail - start].reshape(tokens.shape[0], len(ids), size, -1)
+            plane[ids] = blocks.swapaxes(0, 1)
 
-        Tokens that lie in one block come back as a view of it when the codec allows; several blocks are gathered.
+    def read(
+        self, layer: int, table: np.ndarray, start: int, stop: int, dtype: str, scratch: dict | None = None
+    ) -> tuple[Array, Array]:
+        """Tokens start … stop-1 of the sequence behind ``table``: k (Hkv, S, D) and v (Hkv, S, Dv) in ``dtype``.
+
+        Tokens of one block come back as a view of it when the codec allows; those of several blocks are gathered, into
+        buffers kept in ``scratch``: then the answer is good until the next read with the same ``scratch``.
         """
-        k = self.codec.decode(self._rows(self.k, layer, table, start, stop), dtype)
+        scratch = {} if scratch is None else scratch
+        k = self.codec.decode(self._gather("k", layer, table, start, stop, scratch), dtype)
         if self.spec.latent:
             return k, k[..., : self.spec.latent]
-        return k, self.codec.decode(self._rows(self.v, layer, table, start, stop), dtype)
+        return k, self.codec.decode(self._gather("v", layer, table, start, stop, scratch), dtype)
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block, all layers and planes."""
         for array in self.arrays():
             array[:, target] = array[:, source]
 
-    def _rows(self, planes: dict[str, Array], layer: int, table: np.ndarray, start: int, stop: int) -> dict[str, Array]:
+    def _gather(
+        self, side: str, layer: int, table: np.ndarray, start: int, stop: int, scratch: dict
+    ) -> dict[str, Array]:
+        """The planes of tokens start … stop-1, (Hkv, S, columns) each."""
         first, last = start // self.block_size, (stop - 1) // self.block_size
-        offset = first * self.block_size
+        here = slice(start - first * self.block_size, stop - first * self.block_size)
+        planes = {name: plane[layer] for name, plane in getattr(self, side).items()}
         if first == last:
-            return {name: a[layer, int(table[first]), :, start - offset : stop - offset] for name, a in planes.items()}
+            return {name: plane[int(table[first]), :, here] for name, plane in planes.items()}
+
         heads = np.arange(self.spec.num_kv_heads)[:, None]
-        rows = table[first : last + 1][None, :] * len(heads) + heads  # (Hkv, blocks): each head's blocks in order
-
-        def gather(plane: Array) -> Array:
-            _, _, block_size, columns = plane.shape
-            tokens = self.backend.take(plane.reshape(-1, block_size, columns), rows)
-            return tokens.reshape(len(heads), -1, columns)[:, start - offset : stop - offset]
-
-        return {name: gather(a[layer]) for name, a in planes.items()}
+        rows = table[first : last + 1] * len(heads) + heads  # (Hkv, blocks): a head's part of each block, in order
+        tokens = {}
+        for name, plane in planes.items():
+            shape = (*rows.shape, *plane.shape[2:])
+            buffer = scratch.get((side, name))
+            if buffer is None or buffer.shape != shape:
+                buffer = scratch[side, name] = self.backend.empty(shape, self.backend.dtype_name(plane))
+            self.backend.take(plane.reshape(-1, *plane.shape[2:]), rows, out=buffer)
+            tokens[name] = buffer.reshape(len(heads), -1, plane.shape[-1])[:, here]
+        return tokens

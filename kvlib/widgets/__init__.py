@@ -30,3 +30,16 @@ class Explorable(anywidget.AnyWidget):
 
 
 # Explorables are added below, one class each:
+
+
+class AxisOrder(Explorable, script="axis_order.js"):
+    """Chapter 2: put the axes of a cache in any order and see which bytes an operation touches."""
+
+
+class TokenByToken(Explorable, script="token_by_token.js"):
+    """Chapter 1: generate a text step by step and see which rows of K and V are computed, which remembered.
+
+    ``data``: ``tokens`` (what to show for each), ``prompt`` (how many of them are given), the multiply-adds ``perRow``,
+    ``perPair`` (of a query and a key) and ``perStep``, the replacement of each byte in ``edits``, and in
+    ``change[layer][edited][row]`` how far, in percent, the edit moves that row's key.
+    """

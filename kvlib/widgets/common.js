@@ -78,6 +78,11 @@ function makeKit(root) {
       stage.append(picture);
       return picture;
     },
+    // For controls that an explorable builds itself: change the state and draw it.
+    update(changes) {
+      Object.assign(state, changes);
+      changed();
+    },
     start(draw) {
       redraw = draw;
       changed();
