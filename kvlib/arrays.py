@@ -5,7 +5,9 @@ things that standard leaves out: gathers into a buffer, in-place exponentials, b
 """
 
 import functools
+import math
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 from kvlib.spec import FLOAT_BYTES
 
 Array = Any  # numpy.ndarray or torch.Tensor
+
+_local = threading.local()
 
 
 class NumpyBackend:
@@ -62,15 +66,33 @@ class NumpyBackend:
         # mode="clip" because "raise" makes NumPy fill a copy of `out` first; block ids are valid by construction
         return np.take(x, rows, axis=0, mode="clip", out=out)
 
+    def scratch(self, key: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """An uninitialised array, good until this thread next asks for the same ``key``.
+
+        A decode step gathers megabytes into it: fresh pages from the operating system would cost as much as the gather.
+        """
+        buffers = _local.__dict__.setdefault("buffers", {})
+        size = math.prod(shape) * self.dtype(dtype).itemsize
+        if key not in buffers or buffers[key].nbytes < size:
+            buffers[key] = np.empty(size, np.uint8)
+        return buffers[key][:size].view(self.dtype(dtype)).reshape(shape)
+
     def exp_(self, x: np.ndarray) -> np.ndarray:
         return np.exp(x, out=x)
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """Apply ``function`` to every item, on as many threads as there are cores: NumPy releases the interpreter."""
         items = list(items)
-        if len(items) < 2 or num_threads() == 1:
+        shares = [items[start :: num_threads()] for start in range(min(num_threads(), len(items)))]
+        if len(shares) < 2:
             return [function(item) for item in items]
-        return list(_thread_pool().map(function, items))
+
+        def work(share: list[Any]) -> list[Any]:
+            return [function(item) for item in share]
+
+        others = [_thread_pool().submit(work, share) for share in shares[1:]]
+        done = [work(shares[0]), *(other.result() for other in others)]  # this thread takes the first share
+        return [done[i % len(shares)][i // len(shares)] for i in range(len(items))]
 
 
 class TorchBackend:
@@ -131,6 +153,10 @@ class TorchBackend:
         """``x[rows]`` along the first axis, written to ``out``; ``rows`` is a NumPy array of any shape."""
         self.torch.index_select(x, 0, self.asarray(rows.reshape(-1)), out=out.view(-1, *x.shape[1:]))
         return out
+
+    def scratch(self, key: Any, shape: tuple[int, ...], dtype: str) -> Array:
+        """An uninitialised tensor; torch's own allocator does the reusing."""
+        return self.empty(shape, dtype)
 
     def exp_(self, x: Array) -> Array:
         return x.exp_()
@@ -201,4 +227,4 @@ def num_threads() -> int:
 def _thread_pool() -> Any:
     from concurrent.futures import ThreadPoolExecutor  # imported late: `import kvlib` stays as light as NumPy
 
-    return ThreadPoolExecutor(num_threads(), thread_name_prefix="kvlib")
+    return ThreadPoolExecutor(num_threads() - 1, thread_name_prefix="kvlib")

@@ -62,28 +62,23 @@ class BlockStorage:
             blocks = tokens[:, whole - start : tail - start].reshape(tokens.shape[0], len(ids), size, -1)
             plane[ids] = blocks.swapaxes(0, 1)
 
-    def read(
-        self, layer: int, table: np.ndarray, start: int, stop: int, dtype: str, scratch: dict | None = None
-    ) -> tuple[Array, Array]:
+    def read(self, layer: int, table: np.ndarray, start: int, stop: int, dtype: str) -> tuple[Array, Array]:
         """Tokens start … stop-1 of the sequence behind ``table``: k (Hkv, S, D) and v (Hkv, S, Dv) in ``dtype``.
 
-        Tokens of one block come back as a view of it when the codec allows; those of several blocks are gathered, into
-        buffers kept in ``scratch``: then the answer is good until the next read with the same ``scratch``.
+        Tokens of one block come back as a view of it when the codec allows; those of several blocks are gathered into
+        scratch memory. Either way the answer is good only until the next read or write.
         """
-        scratch = {} if scratch is None else scratch
-        k = self.codec.decode(self._gather("k", layer, table, start, stop, scratch), dtype)
+        k = self.codec.decode(self._gather("k", layer, table, start, stop), dtype)
         if self.spec.latent:
             return k, k[..., : self.spec.latent]
-        return k, self.codec.decode(self._gather("v", layer, table, start, stop, scratch), dtype)
+        return k, self.codec.decode(self._gather("v", layer, table, start, stop), dtype)
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block, all layers and planes."""
         for array in self.arrays():
             array[:, target] = array[:, source]
 
-    def _gather(
-        self, side: str, layer: int, table: np.ndarray, start: int, stop: int, scratch: dict
-    ) -> dict[str, Array]:
+    def _gather(self, side: str, layer: int, table: np.ndarray, start: int, stop: int) -> dict[str, Array]:
         """The planes of tokens start … stop-1, (Hkv, S, columns) each."""
         first, last = start // self.block_size, (stop - 1) // self.block_size
         here = slice(start - first * self.block_size, stop - first * self.block_size)
@@ -95,10 +90,8 @@ class BlockStorage:
         rows = table[first : last + 1] * len(heads) + heads  # (Hkv, blocks): a head's part of each block, in order
         tokens = {}
         for name, plane in planes.items():
-            shape = (*rows.shape, *plane.shape[2:])
-            buffer = scratch.get((side, name))
-            if buffer is None or buffer.shape != shape:
-                buffer = scratch[side, name] = self.backend.empty(shape, self.backend.dtype_name(plane))
-            self.backend.take(plane.reshape(-1, *plane.shape[2:]), rows, out=buffer)
-            tokens[name] = buffer.reshape(len(heads), -1, plane.shape[-1])[:, here]
+            part = plane.shape[2:]  # of one head in one block: (block_size, columns)
+            out = self.backend.scratch((side, name), (*rows.shape, *part), self.backend.dtype_name(plane))
+            self.backend.take(plane.reshape(-1, *part), rows, out)
+            tokens[name] = out.reshape(len(heads), -1, part[-1])[:, here]
         return tokens

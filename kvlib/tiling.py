@@ -10,8 +10,8 @@ from kvlib.attention import Partial, attend_strips, attend_tile, causal_bias, fo
 from kvlib.storage import BlockStorage
 from kvlib.tables import Table
 
-TILE_SCORES = 1 << 16  # scores of one tile over all heads and rows: they stay in a core's second-level cache
-TILE_BYTES = 1 << 20  # bytes of K gathered for one tile: likewise
+TILE_SCORES = 1 << 17  # scores of one tile over all heads and rows: they stay in a core's second-level cache
+TILE_BYTES = 1 << 21  # bytes of K gathered for one tile: likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,9 @@ def _partials(
     backend = storage.backend
     length = int(table.filled[layer])
     first_query = length - tokens
-    scratch: dict = {}
     for lo in range(start, stop, cut.tile):
         hi = min(lo + cut.tile, stop)
-        k, v = storage.read(layer, table.ids, lo, hi, dtype, scratch)
+        k, v = storage.read(layer, table.ids, lo, hi, dtype)
         if hi - 1 > first_query:
             queries, keys = (backend.asarray(backend.xp.arange(*ends)) for ends in ((first_query, length), (lo, hi)))
             yield attend_tile(q, k, v, causal_bias(queries, keys, dtype))

@@ -21,7 +21,8 @@ class Explorable(anywidget.AnyWidget):
     _css = (_HERE / "common.css").read_text(encoding="utf-8")
 
     def __init_subclass__(cls, script: str = "", **kwargs: Any) -> None:
-        cls._esm = "\n".join((_HERE / part).read_text(encoding="utf-8") for part in ("common.js", script))
+        if script:  # traitlets derives a class from each explorable when one is made; that one inherits its script
+            cls._esm = "\n".join((_HERE / part).read_text(encoding="utf-8") for part in ("common.js", script))
         super().__init_subclass__(**kwargs)
 
     def __repr__(self) -> str:
