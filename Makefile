@@ -6,7 +6,8 @@ VENV   ?= .venv
 TORCH_INDEX ?=
 
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip --disable-pip-version-check -qq install
+# pip shows its progress on a terminal only
+PIP    := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo -qq) install
 READY  := $(VENV)/.installed
 VENDOR := _vendor/.complete
 NOTEBOOKS := $(sort $(wildcard chapters/*.ipynb))

@@ -1,7 +1,8 @@
-"""Serve `_vendor/` (MathJax, the widget manager, fonts; put there by scripts/vendor.py) as static files.
+"""Serve everything from the book itself.
 
-Listing the folder under `html_static_path` in `_config.yml` instead would make Jupyter Book load every
-script in it on every page.
+`_vendor/` (MathJax, the widget manager, fonts; put there by scripts/vendor.py) becomes static files. Listing it
+under `html_static_path` in `_config.yml` instead would make Jupyter Book load every script in it on every page.
+Thebe, which Jupyter Book always brings along and which runs code on a server elsewhere, stays out.
 """
 from pathlib import Path
 
@@ -18,6 +19,13 @@ def add_vendored_files(app: Sphinx, config) -> None:
     config.html_css_files.append("fonts/fonts.css")
 
 
+def leave_thebe_out(app: Sphinx, config) -> None:
+    for listener in [*app.events.listeners["env-before-read-docs"], *app.events.listeners["doctree-resolved"]]:
+        if listener.handler.__module__ == "sphinx_thebe":
+            app.disconnect(listener.id)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", add_vendored_files)
+    app.connect("config-inited", leave_thebe_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

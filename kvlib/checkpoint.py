@@ -84,7 +84,10 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
-        shards = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
+        weight_map = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{directory / INDEX} has no weight_map from tensor names to files")
+        shards = sorted(set(weight_map.values()))
         if outside := [name for name in shards if Path(name).name != name]:
             raise ValueError(f"{INDEX} may name files of its own directory only, got {outside}")
         if missing := [name for name in shards if not (directory / name).is_file()]:

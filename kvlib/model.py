@@ -14,6 +14,7 @@ import numpy as np
 from kvlib import checkpoint
 from kvlib.arrays import Array, Backend, backend_of, get_backend
 from kvlib.attention import dense
+from kvlib.cache import KVCache
 from kvlib.config import ModelConfig
 from kvlib.rope import cos_sin, frequencies, rotate
 from kvlib.spec import CacheSpec
@@ -85,7 +86,11 @@ class Transformer:
         )
 
     def __call__(
-        self, tokens: Any, cache: Any = None, seqs: Sequence[int] | None = None, last_only: bool = False
+        self,
+        tokens: Array | Sequence[Sequence[int]],
+        cache: KVCache | None = None,
+        seqs: Sequence[int] | None = None,
+        last_only: bool = False,
     ) -> Array:
         """Logits for the token that follows each of ``tokens``.
 

@@ -21,15 +21,20 @@ from nbclient.exceptions import CellExecutionError
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NOISE = ("execution", "collapsed", "scrolled", "ExecuteTime", "jp-MarkdownHeadingCollapsed")
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+MODEL_REFERENCE = re.compile(r"IPY_MODEL_([0-9a-f]{32})")
+SVG = "image/svg+xml"
 SVG_DATE = re.compile(r"\s*<dc:date>[^<]*</dc:date>")
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int) -> None:
     """Run every cell in a fresh kernel of this Python, with the notebook's folder as working directory."""
     client = NotebookClient(notebook, timeout=timeout, record_timing=False, kernel_name="python3",
+                            extra_arguments=["--log-level=ERROR"],
                             resources={"metadata": {"path": str(folder)}})
     # this environment's kernel, whatever "python3" the user may have installed
     client.create_kernel_manager()
@@ -38,31 +43,60 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int) -> None
 
 
 def normalise(notebook: nbformat.NotebookNode, name: str) -> str:
-    """The text to store for a notebook, which follows from its sources and outputs alone."""
+    """The text to store for a notebook: it follows from the sources and the outputs, not from the run."""
     notebook = nbformat.from_dict(notebook)
-    kept = {WIDGET_STATE: widgets} if (widgets := notebook.metadata.get("widgets", {}).get(WIDGET_STATE)) else {}
-    notebook.metadata = nbformat.from_dict(METADATA | ({"widgets": kept} if kept else {}))
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    widgets = notebook.metadata.get("widgets", {}).get(WIDGET_STATE)
+    notebook.metadata = nbformat.from_dict(METADATA | ({"widgets": {WIDGET_STATE: widgets}} if widgets else {}))
     for index, cell in enumerate(notebook.cells):
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k not in NOISE})
-        cell.setdefault("id", stable_id(f"{name}/cell/{index}")[:8])
+        cell.setdefault("id", stable_id(name, "cell", index)[:8])
+        if cell.cell_type == "code":
+            cell.outputs = merge_streams(cell.outputs)
         for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if isinstance(data.get("image/svg+xml"), str):
-                data["image/svg+xml"] = SVG_DATE.sub("", data["image/svg+xml"])
-    text = nbformat.writes(notebook, version=4)
-    for index, model in enumerate(widgets_in_order(widgets, text) if kept else []):
-        text = text.replace(model, stable_id(f"{name}/widget/{index}"))
-    return text + "\n"
+            if SVG in output.get("data", {}):
+                output.data[SVG] = SVG_DATE.sub("", output.data[SVG])
+    notebook.nbformat_minor = 5
+    if widgets:
+        text = json.dumps(notebook)
+        for index, model in enumerate(models_in_order(notebook, widgets["state"])):
+            text = text.replace(model, stable_id(name, "widget", index))
+        notebook = nbformat.from_dict(json.loads(text))
+    return nbformat.writes(notebook, version=4) + "\n"
 
 
-def widgets_in_order(widgets: dict, text: str) -> list[str]:
-    """Model ids in the order in which the kernel made them (the order of the stored state)."""
-    return [model for model in widgets["state"] if model in text]
+def merge_streams(outputs: list) -> list:
+    """What a cell printed as one output: the kernel sends it in pieces that depend on the moment."""
+    merged = []
+    for output in outputs:
+        last = merged[-1] if merged else {}
+        if output.get("output_type") == "stream" and (last.get("output_type"), last.get("name")) == ("stream", output.name):
+            last["text"] += output.text
+        else:
+            merged.append(output)
+    return merged
 
 
-def stable_id(what: str) -> str:
-    return hashlib.sha256(what.encode()).hexdigest()[:32]
+def models_in_order(notebook: nbformat.NotebookNode, state: dict) -> list[str]:
+    """Widget models as the reader meets them: each one shown, what it refers to, then the rest by content."""
+    order: dict[str, None] = {}
+
+    def visit(model: str) -> None:
+        if model in state and model not in order:
+            order[model] = None
+            for reference in MODEL_REFERENCE.findall(json.dumps(state[model], sort_keys=True)):
+                visit(reference)
+
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            visit(output.get("data", {}).get(WIDGET_VIEW, {}).get("model_id"))
+    # a link between two widgets is shown nowhere
+    for model in sorted(state, key=lambda m: MODEL_REFERENCE.sub("", json.dumps(state[m], sort_keys=True))):
+        visit(model)
+    return list(order)
+
+
+def stable_id(*what: str | int) -> str:
+    return hashlib.sha256("/".join(map(str, what)).encode()).hexdigest()[:32]
 
 
 def refresh(path: Path, keep_outputs: bool, timeout: int) -> bool:
@@ -93,7 +127,7 @@ def main() -> None:
             changed = refresh(path, options.keep_outputs, options.timeout)
         except CellExecutionError as error:
             failed = True
-            print(f"{path}: a cell failed, the file is as it was\n{error}", file=sys.stderr)
+            print(f"{path}: a cell failed, the file is as it was\n{ANSI.sub('', str(error))}", file=sys.stderr)
         else:
             print(f"{path}: {'updated' if changed else 'no change'}")
     sys.exit(failed)

@@ -37,10 +37,9 @@ DIGESTS = {
 WANTED = {
     "@jupyter-widgets/html-manager": {
         "dist/embed-amd.js": "ipyw/embed-amd.js",
-        # Font Awesome 4 and its brands, under the names that the bundle asks for
-        "dist/1551f4f60c37af51121f.woff2": "ipyw/amd/1551f4f60c37af51121f.woff2",
-        "dist/7a3337626410ca2f4071.woff2": "ipyw/amd/7a3337626410ca2f4071.woff2",
-        "dist/d878b0a6a1144760244f.woff2": "ipyw/amd/d878b0a6a1144760244f.woff2",
+        # its fonts, where require.js looks for them (Font Awesome: solid, regular, brands)
+        **{f"dist/{font}.woff2": f"ipyw/amd/@jupyter-widgets/html-manager/dist/{font}.woff2"
+           for font in ("1551f4f60c37af51121f", "7a3337626410ca2f4071", "d878b0a6a1144760244f")},
     },
     "requirejs": {"require.js": "ipyw/require.js"},
     "mathjax": {

@@ -32,7 +32,7 @@ function explore(kit, data) {
 
   function cell(i, y, computed, opacity) {
     const w = column - 2, h = row - 2;
-    if (computed) return [fill(x(i), y, w / 2, h, "var(--kv-k)", opacity), fill(x(i) + w / 2, y, w / 2, h, "var(--kv-v)", opacity)];
+    if (computed) return [fill(x(i), y, w, h / 2, "var(--kv-k)", opacity), fill(x(i), y + h / 2, w, h / 2, "var(--kv-v)", opacity)];
     return [svg("rect", { x: x(i) + 0.5, y: y + 0.5, width: w - 1, height: h - 1, opacity, style: "fill: var(--kv-faint); stroke: var(--kv-line)" })];
   }
 
@@ -43,6 +43,9 @@ function explore(kit, data) {
       const generated = i >= prompt ? "fill: var(--kv-q); " : "";
       if (shown) parts.push(write(x(i) + column / 2 - 1, 16, token, { "text-anchor": "middle", style: `${generated}font: 12px ui-monospace, monospace` }));
     });
+    for (let s = step + 1; s <= steps; s++) {  // what is still to come: its outline
+      parts.push(svg("rect", { x: x(0), y: top + (s - 1) * row, width: known(s) * column - 2, height: row - 2, style: "fill: none; stroke: var(--kv-line)", opacity: 0.45 }));
+    }
     for (let s = 1; s <= step; s++) {
       const y = top + (s - 1) * row, fed = known(s), opacity = s === step ? 1 : 0.4;
       for (let i = 0; i < fed; i++) parts.push(...cell(i, y, cache === "without" || s === 1 || i === fed - 1, opacity));

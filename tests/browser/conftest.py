@@ -1,0 +1,92 @@
+"""A Chromium that can reach nothing but this machine, and a server for the built pages."""
+import functools
+import http.server
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import REQUIRE
+
+CANDIDATES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
+]
+THEMES = ("light", "dark")
+
+
+class Visit(NamedTuple):
+    """A page that was opened, and what happened on it since."""
+
+    page: object                # playwright.sync_api.Page
+    foreign: list[str]          # requests to anywhere but the book
+    failed: list[str]           # requests that got no answer, or an error
+    console: list[str]          # errors on the console, and uncaught exceptions
+
+    def assert_quiet(self) -> None:
+        assert not self.foreign, f"asked for something outside the book: {self.foreign}"
+        assert not self.failed, f"failed requests: {self.failed}"
+        assert not self.console, f"console: {self.console}"
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(book) -> Iterator[str]:
+    """The address at which the built book is served, on this machine only."""
+    handler = functools.partial(_QuietHandler, directory=str(book))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}/"
+        httpd.shutdown()
+
+
+# Not for the whole session: while Playwright's event loop runs, nbval's kernel client cannot start its own.
+@pytest.fixture(scope="module")
+def browser():
+    executable = os.environ.get("KVLIB_CHROMIUM") or next(filter(None, map(shutil.which, CANDIDATES)), None)
+    if executable is None:
+        (pytest.fail if REQUIRE else pytest.skip)(
+            "no Chromium: install it (Debian: apt install chromium) or name one in KVLIB_CHROMIUM")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(address, theme) opens a page in a fresh profile and waits until it stands."""
+    contexts = []
+
+    def open_page(address: str, theme: str = "light", width: int = 1280) -> Visit:
+        context = browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+        contexts.append(context)
+        context.set_default_timeout(30_000)
+        # as the theme's own switch leaves it
+        context.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');")
+        page = context.new_page()
+        seen = Visit(page, [], [], [])
+        home = address[:address.index("/", address.index("://") + 3) + 1]
+        page.on("request", lambda r: None if r.url.startswith((home, "data:", "blob:")) else seen.foreign.append(r.url))
+        page.on("requestfailed", lambda r: seen.failed.append(f"{r.url}: {r.failure}"))
+        page.on("response", lambda r: seen.failed.append(f"{r.url}: {r.status}") if r.status >= 400 else None)
+        page.on("console", lambda m: seen.console.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: seen.console.append(f"uncaught {e}"))
+        page.goto(address, wait_until="load")
+        page.wait_for_load_state("networkidle")
+        page.wait_for_function("!window.MathJax?.startup || window.MathJax.startup.promise.then(() => true)")
+        return seen
+
+    yield open_page
+    for context in contexts:
+        context.close()

@@ -1,0 +1,59 @@
+"""Every page, in light and in dark, in a browser that can reach nothing but the book."""
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.browser.conftest import THEMES
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [CONTENTS["root"]] + [c["file"] for part in CONTENTS["parts"] for c in part["chapters"]]
+PHONE = 390
+
+UNLOADED_IMAGES = """async () => {
+  const images = [...document.images];
+  images.forEach((image) => (image.loading = "eager"));
+  await Promise.allSettled(images.map((image) => image.decode()));
+  return images.filter((image) => !image.naturalWidth).map((image) => image.src);
+}"""
+UNTYPESET_MATHS = """() => [...document.querySelectorAll(".math")]
+  .filter((math) => !math.querySelector("mjx-container") || math.querySelector("mjx-merror"))
+  .map((math) => math.textContent)"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("name", [*PAGES, "genindex"])
+def test_page_is_whole(name, theme, server, visit):
+    seen = visit(f"{server}{name}.html", theme)
+    assert seen.page.locator("html").get_attribute("data-theme") == theme
+    assert seen.page.locator("article h1").first.is_visible()
+    assert seen.page.evaluate(UNLOADED_IMAGES) == []
+    assert seen.page.evaluate(UNTYPESET_MATHS) == []
+    seen.assert_quiet()
+
+
+def test_index_leads_to_the_introduction(server, visit):
+    page = visit(f"{server}index.html").page
+    page.wait_for_url(f"**/{CONTENTS['root']}.html")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_fits_a_phone(name, server, visit):
+    page = visit(f"{server}{name}.html", width=PHONE).page
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= PHONE, "the page scrolls sideways"
+
+
+def test_theme_switch_changes_the_colours(server, visit):
+    page = visit(f"{server}{CONTENTS['root']}.html", "light").page
+    ink = "getComputedStyle(document.documentElement).getPropertyValue('--kv-ink')"
+    before = page.evaluate(ink)
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    assert before and page.evaluate(ink) != before
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_search_finds_a_word_of_the_book(theme, server, visit):
+    seen = visit(f"{server}search.html?q=reference+count", theme)
+    seen.page.locator("#search-results li a").first.wait_for()
+    seen.assert_quiet()

@@ -1,0 +1,45 @@
+"""What the caches are compared with: float64 NumPy that shares no code with kvlib."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+# Half a unit in the last place, relative to the number, and the spacing of the numbers closest to zero (IEEE 754; bfloat16
+# is float32 with 16 bits fewer).
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+NUMPY_DTYPE = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, visible: np.ndarray | None = None
+) -> np.ndarray:
+    """Attention of one sequence, one query head at a time, in float64.
+
+    q (Hq, T, D), the last T positions; k (Hkv, S, D); v (Hkv, S, Dv) -> (Hq, T, Dv). Query head h reads K/V head
+    h // (Hq / Hkv). ``visible`` (T, S) says which keys a query sees; None is causal.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    query_heads, tokens, width = q.shape
+    kv_heads, length, _ = k.shape
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    if visible is None:
+        visible = np.arange(length)[None, :] <= np.arange(length - tokens, length)[:, None]
+    out = np.empty((query_heads, tokens, v.shape[-1]))
+    for head in range(query_heads):
+        kv_head = head // (query_heads // kv_heads)
+        scores = np.where(visible, scale * (q[head] @ k[kv_head].T), -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        out[head] = weights @ v[kv_head] / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """``x`` rounded to ``dtype``, as float64."""
+    return np.asarray(x, np.float64).astype(NUMPY_DTYPE[dtype]).astype(np.float64)
