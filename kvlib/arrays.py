@@ -18,6 +18,7 @@ from kvlib.spec import FLOAT_BYTES
 Array = Any  # numpy.ndarray or torch.Tensor
 
 _local = threading.local()
+SCRATCH_BYTES = 1 << 23  # the largest buffer that a thread keeps: a tile fits, a whole sequence does not
 
 
 class NumpyBackend:
@@ -73,6 +74,8 @@ class NumpyBackend:
         """
         buffers = _local.__dict__.setdefault("buffers", {})
         size = math.prod(shape) * self.dtype(dtype).itemsize
+        if size > SCRATCH_BYTES:
+            return self.empty(shape, dtype)
         if key not in buffers or buffers[key].nbytes < size:
             buffers[key] = np.empty(size, np.uint8)
         return buffers[key][:size].view(self.dtype(dtype)).reshape(shape)
@@ -228,3 +231,7 @@ def _thread_pool() -> Any:
     from concurrent.futures import ThreadPoolExecutor  # imported late: `import kvlib` stays as light as NumPy
 
     return ThreadPoolExecutor(num_threads() - 1, thread_name_prefix="kvlib")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads, so it starts its own
+    os.register_at_fork(after_in_child=_thread_pool.cache_clear)

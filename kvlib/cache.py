@@ -49,12 +49,11 @@ class KVCache:
         self.batch = _size("batch", batch, least=0)
         self.max_tokens = _size("max_tokens", max_tokens)
         self.block_size = self.max_tokens if block_size is None else _size("block_size", block_size)
-        max_blocks = math.ceil(max_tokens / self.block_size)
-        self.num_blocks = max(batch, 1) * max_blocks if num_blocks is None else _size("num_blocks", num_blocks)
+        self._max_blocks = math.ceil(max_tokens / self.block_size)  # in one sequence
+        self.num_blocks = max(batch, 1) * self._max_blocks if num_blocks is None else _size("num_blocks", num_blocks)
         self.spec = spec
         self.backend = get_backend(backend, device)
         self.codec = get_codec(codec, spec.dtype)
-        self._new_tables = lambda: BlockTables(self.num_blocks, self.block_size, max_blocks, spec.num_layers)
         self._storage = BlockStorage(spec, self.num_blocks, self.block_size, self.codec, self.backend)
         self.reset()
 
@@ -102,7 +101,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Back to the state after construction: every block free, ``batch`` empty sequences with ids 0 … batch-1."""
-        self._tables = self._new_tables()
+        self._tables = BlockTables(self.num_blocks, self.block_size, self._max_blocks, self.spec.num_layers)
         for _ in range(self.batch):
             self.open()
 
@@ -137,7 +136,7 @@ class KVCache:
 
         encoded = self._storage.encode(k, v)
         self._tables.reserve(list(tables.values()), starts, tokens, self._storage.copy)
-        self._storage.write(layer, np.stack([table.ids for table in tables.values()]), np.array(starts), encoded)
+        self._storage.write(layer, [table.ids for table in tables.values()], starts, encoded)
         for table in tables.values():
             table.filled[layer] += tokens
 

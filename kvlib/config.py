@@ -107,7 +107,7 @@ class ModelConfig:
         )
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
-        """The config.json that transformers reads; rope in both spellings, version 5's and the one before."""
+        """The config.json that transformers reads; rope in the older spelling, which every version reads."""
         scaling = {name: value for name, value in self.rope.items() if name != "rope_theta"}
         return {
             "architectures": [self.architecture],
@@ -122,7 +122,6 @@ class ModelConfig:
             "max_position_embeddings": self.max_positions,
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_parameters": self.rope,
             "rope_theta": self.rope["rope_theta"],
             "rope_scaling": None if self.rope["rope_type"] == "default" else scaling,
             "attention_bias": self.qkv_bias,

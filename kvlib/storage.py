@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
@@ -36,17 +37,19 @@ class BlockStorage:
         """The planes of k (B, Hkv, T, D) and v (B, Hkv, T, Dv), ready for `write`."""
         return self.codec.encode(k), self.codec.encode(v) if self.v else {}
 
-    def write(self, layer: int, tables: np.ndarray, starts: np.ndarray, encoded: tuple[dict, dict]) -> None:
-        """Store encoded tokens: those of sequence b go to positions ``starts[b]``, … behind the block table ``tables[b]``."""
-        for planes, fresh in zip((self.k, self.v), encoded):
+    def write(
+        self, layer: int, tables: SequenceOf[np.ndarray], starts: SequenceOf[int], encoded: tuple[dict, dict]
+    ) -> None:
+        """Store encoded tokens: those of sequence b go to positions ``starts[b]`` … behind its block table ``tables[b]``."""
+        for planes, fresh in zip((self.k, self.v), encoded, strict=True):
             for name, values in fresh.items():
                 plane = planes[name][layer]
                 if values.shape[2] == 1:  # a decode step: one slot in each sequence, all in one assignment
-                    blocks = np.take_along_axis(tables, starts[:, None] // self.block_size, axis=1)[:, 0]
-                    slots = self.backend.asarray(starts % self.block_size)
-                    plane[self.backend.asarray(blocks), :, slots] = values[:, :, 0]
+                    ids = [int(table[start // self.block_size]) for table, start in zip(tables, starts, strict=True)]
+                    slots = [start % self.block_size for start in starts]
+                    plane[self.backend.asarray(ids), :, self.backend.asarray(slots)] = values[:, :, 0]
                 else:
-                    for table, start, tokens in zip(tables, starts.tolist(), values):
+                    for table, start, tokens in zip(tables, starts, values, strict=True):
                         self._write_run(plane, table, start, tokens)
 
     def _write_run(self, plane: Array, table: np.ndarray, start: int, tokens: Array) -> None:

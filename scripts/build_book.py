@@ -2,12 +2,14 @@
 
 --fresh reads every page again (the tests do that), instead of only what changed.
 """
-import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 INDEX = ROOT / "_build" / "html" / "index.html"
 
 
@@ -19,15 +21,18 @@ def command(fresh: bool) -> list[str]:
 
 def build(fresh: bool = False) -> subprocess.CompletedProcess:
     """Run Jupyter Book; its output is captured as text."""
-    # Jupyter Book colours its output even in a pipe
-    return subprocess.run(command(fresh), cwd=ROOT, env=os.environ | {"NO_COLOR": "1", "COLUMNS": "100"},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(command(fresh), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        # a page that was read once is not read again, and its warning would not be seen the next time
+        shutil.rmtree(ROOT / "_build" / ".doctrees", ignore_errors=True)
+    return result
 
 
 def main() -> None:
     result = build(fresh="--fresh" in sys.argv[1:])
     if result.returncode:
-        sys.exit(result.stdout + "\nThe book was not built: mend the warnings above.")
+        warnings = [COLOUR.sub("", line) for line in result.stdout.splitlines() if re.search("WARNING|ERROR", line)]
+        sys.exit("\n".join(warnings or [result.stdout]) + "\nThe book was not built: mend what is said above.")
     pages = len(list(INDEX.parent.glob("chapters/*.html"))) + 1
     print(f"The book is built: {pages} pages. Open {INDEX.relative_to(ROOT)}\n  {INDEX.as_uri()}")
 

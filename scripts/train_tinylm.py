@@ -1,10 +1,10 @@
 """Train the bundled byte-level Llama of ``kvlib/data/tinylm`` on Python's own source and on recall.
 
 Text alone gives a model that looks back a few dozen bytes, and a cache that drops or rounds old tokens would
-cost it nothing. So bindings such as ``key_bq=x27z`` are scattered in the text and asked later:
-``key_bq?x27z``. The order of lessons matters: shown everything at once, the model never learns to
-recall. It first sees nothing but short, dense recall (and moves on only when that works), then text in windows
-of 256, 512 and 1024 bytes, with some dense recall kept to the end.
+cost it nothing. So bindings such as ``key_bq=x27z`` are scattered in the text and asked later, as in
+``key_bq?x27z``. The order of lessons matters: shown everything at once, the model never learns to recall.
+It first sees nothing but short, dense recall (and moves on only when that works), then text in windows of
+256, 512 and 1024 bytes, with some dense recall kept to the end.
 
     python scripts/train_tinylm.py                   # under an hour on two CPU cores
     python scripts/train_tinylm.py --resume          # go on after an interruption
@@ -148,8 +148,8 @@ def draw(rng: random.Random, n: int, short: bool = False) -> dict[str, str]:
 def recall_line(key: str, value: str, ask: bool, short: bool = False) -> Lesson:
     """A binding or a question. What cannot be foreseen hardly counts: its noise would drown the lesson.
 
-    The key stands right before the value, one byte between them: with ``key_417 = "`` this model learnt to copy
-    a value to its end, but never to pick the right one."""
+    The key stands right before the value, one byte between them: with ``key_417 = "`` this model learnt to
+    copy a value to its end, but never to pick the right one."""
     head = "@" if short else "key_"
     weights = [0.5] * len(head) + [0.05] * len(key) + [0.5] + [ANSWER if ask else 0.02] * len(value) + [0.5]
     return f"{head}{key}{'?' if ask else '='}{value}\n".encode(), weights
@@ -192,7 +192,7 @@ def scattered(rng: random.Random, text: bytes, length: int, per_line: int) -> Le
         cut = max(done, body.find(b"\n", int(at * n)) + 1 or n)  # the next start of a line, or the end
         out, weights, done = out + body[done:cut], weights + [1.0] * (cut - done), cut
         if out and not out.endswith(b"\n"):
-            line, w = b"\n" + line, [0.5] + w
+            line, w = b"\n" + line, [0.5, *w]
         out, weights = out + line, weights + w
     return (out + body[done:])[:length], (weights + [1.0] * (n - done))[:length]
 
@@ -317,7 +317,7 @@ def train(args: argparse.Namespace, device: torch.device, files: list[bytes]) ->
     if args.resume:
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
-        for optimiser, s in zip(optimisers, saved["optimisers"]):
+        for optimiser, s in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(s)
         state = saved["state"]
 
@@ -338,11 +338,12 @@ def train(args: argparse.Namespace, device: torch.device, files: list[bytes]) ->
             state.update(clicked_at=p, dense_steps=state["step"])
             tqdm.write(f"step {state['step']}: dense recall works, on to text")
         if state["clicked_at"] is None and p > 0.5:
-            raise SystemExit(f"error: half of the run is over, a recalled byte costs {state['recall_bits']:.2f} "
-                             f"bits, --gate is {args.gate}; delete {checkpoint}, try another --seed or --lr")
+            raise SystemExit(
+                f"error: half of the run is over and a recalled byte costs {state['recall_bits']:.2f} bits, "
+                f"more than --gate {args.gate}; delete {checkpoint} and try another --seed or --lr")
         q = None if state["clicked_at"] is None else (p - state["clicked_at"]) / (1 - state["clicked_at"])
         scale = min(1.0, (state["step"] + 1) / 50, 1.0 if q is None else 2 - 2 * q)
-        for optimiser, rate in zip(optimisers, rates):
+        for optimiser, rate in zip(optimisers, rates, strict=True):
             optimiser.param_groups[0]["lr"] = rate * scale
         rng = random.Random(f"{args.seed}/{state['step']}")  # by the step: the same draws after --resume
         ids, weights = (x.to(device) for x in batch(rng, files, q, args.bytes))

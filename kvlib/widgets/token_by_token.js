@@ -20,12 +20,15 @@ function explore(kit, data) {
   const back = kit.button("Back", () => setStep(kit.state.step - 1), "One step back");
   const next = kit.button("Next token", () => setStep(kit.state.step + 1), "Generate the next token");
   kit.select("cache", "The model", [["without", "recomputes (no cache)"], ["with", "remembers (cache)"]]);
-  kit.range("edit", "Change the byte at", { max: tokens.length - 2, value: 4, show: (j) => `${j}: ${tokens[j]} → ${data.edits[j]}` });
+  kit.range("edit", "Change the byte at", { max: tokens.length - 2, value: 6, show: (j) => `${j}: ${tokens[j]} → ${data.edits[j]}` });
   kit.select("layer", "Look at the keys of", data.change.map((_, l) => [l, `layer ${l + 1}`]), 1);
 
   const width = 760, left = 62, column = (width - left - 4) / tokens.length, row = 13;
   const top = 26, gridEnd = top + steps * row, strip = gridEnd + 86, bars = strip + 34;
   const picture = kit.drawing(width, bars + 62, "One row per step, one column per token: rows computed and rows remembered");
+  const sample = (colour, text) => kit.element("span", {}, kit.element("i", { style: `background: var(--kv-${colour})` }), text);
+  kit.readout.before(kit.element("div", { class: "kv-key" },
+    sample("k", "row of K computed"), sample("v", "row of V computed"), sample("line", "both remembered")));
   const fill = (x, y, w, h, colour, opacity = 1) => svg("rect", { x, y, width: w, height: h, style: `fill: ${colour}`, opacity });
   const write = (x, y, text, extra = {}) => svg("text", { x, y, ...extra }, text);
   const x = (i) => left + i * column;

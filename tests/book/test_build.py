@@ -1,5 +1,6 @@
 """The book builds without a warning, its links lead somewhere, and its pages load nothing from elsewhere."""
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -74,3 +75,9 @@ def test_style_sheets_load_nothing_from_elsewhere(book):
     external = [f"{path.relative_to(book)}: {url}" for path in sheets
                 for url in CSS_URL.findall(path.read_text(encoding="utf-8")) if is_external(url)]
     assert sheets and not external, "loaded from outside the book:\n" + "\n".join(external)
+
+
+def test_pages_hold_no_path_of_this_machine(book, root):
+    found = [f"{path.relative_to(book)}: {place}" for path in pages(book) for place in (str(root), sys.prefix)
+             if place in path.read_text(encoding="utf-8")]
+    assert not found, "\n".join(found)

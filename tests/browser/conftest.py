@@ -18,6 +18,7 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
 ]
 THEMES = ("light", "dark")
+WINDOW = 1280
 
 
 class Visit(NamedTuple):
@@ -68,8 +69,8 @@ def visit(browser):
     """visit(address, theme) opens a page in a fresh profile and waits until it stands."""
     contexts = []
 
-    def open_page(address: str, theme: str = "light", width: int = 1280) -> Visit:
-        context = browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+    def open_page(address: str, theme: str = "light") -> Visit:
+        context = browser.new_context(viewport={"width": WINDOW, "height": 900}, reduced_motion="reduce")
         contexts.append(context)
         context.set_default_timeout(30_000)
         # as the theme's own switch leaves it

@@ -1,12 +1,13 @@
-"""How far an answer may be from the float64 reference: the one place where the suite's error bounds come from.
+"""How far an answer may be from the float64 reference: the one place where the suite's bounds come from.
 
-Three things can move an output, and each has a bound that follows from a number format or from the codec's own statement:
+Three things can move an output, and each has a bound that follows from a number format or from what the codec
+itself states:
 
-1. Storage. A codec changes an element x of K or V by at most `stored_error`. A lossless codec changes nothing that is
-   already in its dtype, and rounds the rest. A lossy codec states its bound itself: it has a method
-   ``max_error(rows: (..., D) float64 array) -> array of the same shape``, and joins every test of this suite by having it.
-2. Softmax. If every score of a row moves by at most e, every weight changes by a factor within exp(-2e) … exp(2e), so that
-   |sum(w' v' - w v)| <= (exp(2e) - 1) * max|v| + max|v' - v|.  See `output_error`.
+1. Storage. A codec changes an element x of K or V by at most `stored_error`. A lossless codec changes nothing
+   that is already in its dtype, and rounds the rest. A lossy codec states its bound: it has a method
+   ``max_error(rows: (..., D) float64 array) -> array of the same shape``, and joins this suite by having it.
+2. Softmax. If every score of a row moves by at most e, every weight changes by a factor within
+   exp(-2e) … exp(2e), so that |sum(w' v' - w v)| <= (exp(2e) - 1) * max|v| + max|v' - v|. See `output_error`.
 3. Arithmetic and the output's own dtype. See `ARITHMETIC`.
 """
 
@@ -17,7 +18,8 @@ import numpy as np
 from kvlib.codecs import Plain
 from tests.conformance.reference import SUBNORMAL, UNIT_ROUNDOFF
 
-# kvlib's promise for float32: at most 2e-6 of the largest output. The same number of units in the last place for float64.
+# kvlib's promise for float32: at most 2e-6 of the largest output. The same number of units in the last
+# place for float64.
 ARITHMETIC = {"float32": 2e-6, "float64": 2e-6 * UNIT_ROUNDOFF["float64"] / UNIT_ROUNDOFF["float32"]}
 
 
@@ -52,7 +54,7 @@ def output_error(
     out_dtype: str,
     scale: float | None = None,
 ) -> np.ndarray:
-    """The bound on |out - expected| for one sequence: (Hq, T, 1), or elementwise where only the output is rounded.
+    """The bound on |out - expected| for one sequence, broadcastable to (Hq, T, Dv).
 
     Shapes as in `reference.attention`; ``k_error`` and ``v_error`` have the shapes of k and v.
     """

@@ -86,7 +86,8 @@ class Setup:
         assert str(out.dtype).removeprefix("torch.") == out_dtype
         error = np.abs(self.host(out) - expected)
         assert np.all(error <= bound), (
-            f"{self}: S={k.shape[1]} T={q.shape[1]}: error {error.max():.3g} is {np.max(error / bound):.3g} times the bound"
+            f"{self}: S={k.shape[1]} T={q.shape[1]}: error {error.max():.3g}, "
+            f"{np.max(error / bound):.3g} times the bound"
         )
 
 

@@ -1,4 +1,6 @@
-"""Every array a cache holds, found by walking the objects themselves: `nbytes` and "left as it was" are checked with this."""
+"""Every array a cache holds, found by walking the objects themselves: `nbytes` and "left as it was" are
+checked with this.
+"""
 
 import dataclasses
 import itertools
@@ -17,7 +19,7 @@ _CODE = (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType, 
 
 
 def leaves(root: Any) -> Iterator[tuple[str, Any]]:
-    """(path, value) of everything reachable from ``root`` that holds no further objects; arrays are such leaves.
+    """(path, value) of everything reachable from ``root`` that holds no further objects, such as an array.
 
     Modules, classes and functions are code, not state, and are left out.
     """

@@ -1,4 +1,6 @@
-"""A lossy codec that is not part of kvlib: it joins the suite by stating its own error bound, as any codec may."""
+"""A lossy codec that is not part of kvlib: it joins the suite by stating its own error bound, as any
+codec may.
+"""
 
 from dataclasses import dataclass
 

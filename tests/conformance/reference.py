@@ -5,8 +5,8 @@ import math
 import ml_dtypes
 import numpy as np
 
-# Half a unit in the last place, relative to the number, and the spacing of the numbers closest to zero (IEEE 754; bfloat16
-# is float32 with 16 bits fewer).
+# Half a unit in the last place, relative to the number, and the spacing of the numbers closest to zero
+# (IEEE 754; bfloat16 is float32 with 16 bits fewer).
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 NUMPY_DTYPE = {
@@ -22,8 +22,8 @@ def attention(
 ) -> np.ndarray:
     """Attention of one sequence, one query head at a time, in float64.
 
-    q (Hq, T, D), the last T positions; k (Hkv, S, D); v (Hkv, S, Dv) -> (Hq, T, Dv). Query head h reads K/V head
-    h // (Hq / Hkv). ``visible`` (T, S) says which keys a query sees; None is causal.
+    q (Hq, T, D), the last T positions; k (Hkv, S, D); v (Hkv, S, Dv) -> (Hq, T, Dv). Query head h reads
+    K/V head h // (Hq / Hkv). ``visible`` (T, S) says which keys a query sees; None is causal.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     query_heads, tokens, width = q.shape

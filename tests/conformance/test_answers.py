@@ -1,6 +1,9 @@
-"""The answer does not depend on who computes it: not on the chunking, the tiling, the storage, the backend."""
+"""The answer does not depend on who computes it: not on the chunking, the tiling, the storage, the
+backend.
+"""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,7 +41,7 @@ def bits(x):
     return x.shape, x.tobytes()
 
 
-# -- promise 1: any chunking ------------------------------------------------------------------------------------------
+# -- promise 1: any chunking -----------------------------------------------------------------------
 
 
 def test_chunks_store_and_answer_what_one_append_does(setup, rng):
@@ -120,7 +123,7 @@ def test_what_goes_in_is_left_alone(setup, rng):
     assert [bits(x) for x in (k_in, v_in, q_in)] == before
 
 
-# -- promise 2: float64 dense attention ---------------------------------------------------------------------------------
+# -- promise 2: float64 dense attention ------------------------------------------------------------
 
 # Hkv, Hq, and the spec's widths: the ratios 1, 4 and 8; V narrower and wider than K; V a view of K
 SHAPES = {
@@ -160,8 +163,9 @@ def test_matches_dense_attention(setup, shape, rng):
                 )
 
 
-# How the work is cut: tokens in a tile, keys in one product of it (0: all), runs of tiles for different threads (0: no threads).
-# Blocks end at multiples of 16, 5 or 1 token, so that most of these tiles begin and end inside one.
+# How the work is cut: tokens in a tile, keys in one product of it (0: all), runs of tiles for different
+# threads (0: no threads). Blocks end at multiples of 16, 5 or 1 token, so that most of these tiles begin
+# and end inside one.
 CUTS = {
     "one-tile": Cut(tile=1000, strip=0, pieces=0),
     "many-tiles": Cut(tile=30, strip=0, pieces=0),
@@ -193,7 +197,9 @@ def test_no_cut_changes_the_answer(setup32, cut, threads, rng, monkeypatch):
 
 @pytest.fixture(scope="module")
 def long_context():
-    """32,768 tokens with 8 query heads on 2 K/V heads of 128, and what float64 says of the last 1 and 3 positions."""
+    """32,768 tokens with 8 query heads on 2 K/V heads of 128, and what float64 says of the last 1 and 3
+    positions.
+    """
     rng = np.random.default_rng(7)
     q, k, v = (
         rng.standard_normal((heads, tokens, 128)).astype(np.float32)
@@ -215,7 +221,9 @@ def test_a_long_context(setup32, long_context, monkeypatch):
 
 
 def test_ragged_batch_in_any_order(setup, rng):
-    """Sequences of different lengths in one call, some left out, in an order that is not that of their ids."""
+    """Sequences of different lengths in one call, some left out, in an order that is not that of their
+    ids.
+    """
     lengths, seqs = {0: 3, 1: 40, 2: 16, 3: 33}, [3, 0, 2]
     (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 4, heads, 45, 16) for heads in (2, 2, 8))
     cache = setup.cache(batch=4)
@@ -235,7 +243,9 @@ def test_ragged_batch_in_any_order(setup, rng):
 @pytest.mark.parametrize("in_dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("q_dtype", ["float32", "float64"])
 def test_stores_in_its_own_dtype_whatever_comes_in(setup, in_dtype, q_dtype, rng):
-    """The reference sees the numbers before they were rounded: the bound is the rounding of the storage dtype."""
+    """The reference sees the numbers before they were rounded: the bound is the rounding of the storage
+    dtype.
+    """
     (k, k_in), (v, v_in) = (setup.draw(rng, 1, 2, 37, 16, dtype=in_dtype) for _ in range(2))
     q, q_in = setup.draw(rng, 1, 4, 4, 16, dtype=q_dtype)
     cache = fill(setup.cache(), k_in, v_in, [37])
@@ -268,8 +278,8 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(setup32, offset, rng):
     k, v, q = (reference.rounded(x, "float32") for x in (k, v, q))
     cache = setup32.cache(max_tokens=300)
     fill(cache, *(setup32.array(x[None]) for x in (k, v)), [300])
-    # … but its rounding, in float32, is that of a number that large: |error| <= (D + 2) u sum |q| |k| for a dot product
-    # summed in any order, with q scaled first.
+    # … but its rounding, in float32, is that of a number that large: |error| <= (D + 2) u sum |q| |k| for
+    # a dot product summed in any order, with q scaled first.
     dot = (16 + 2) * 2.0**-24 * np.abs(k)
     for tokens in (1, 300):
         out = setup32.host(cache.attend(setup32.array(q[None, :, -tokens:]), scale=1.0)[0])
@@ -281,7 +291,9 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(setup32, offset, rng):
 
 
 def test_arrays_laid_out_in_any_way(setup, rng):
-    """A model's projections arrive as (B, T, H, D) seen with two axes swapped; slices and steps are views too."""
+    """A model's projections arrive as (B, T, H, D) seen with two axes swapped; slices and steps are views
+    too.
+    """
     (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 2, 23, heads, 16) for heads in (2, 2, 2))
     cache = setup.cache(batch=2)
     cache.append(k_in.swapaxes(1, 2), v_in.swapaxes(1, 2))
@@ -308,7 +320,9 @@ def test_read_only_numpy_arrays(entry, rng):
 @pytest.mark.parametrize("built_in", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("used_in", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_torch_modes(entry, built_in, used_in, rng):
-    """A cache holds numbers, not graphs: parameters may come in, and inference mode may begin or end at any time."""
+    """A cache holds numbers, not graphs: parameters may come in, and inference mode may begin or end at
+    any time.
+    """
     setup = Setup(entry, "torch", "float32")
     (k, k_in), (q, q_in) = setup.draw(rng, 1, 2, 9, 16), setup.draw(rng, 1, 2, 9, 16)
     k_in, q_in = k_in.requires_grad_(), q_in.requires_grad_()
@@ -323,7 +337,22 @@ def test_torch_modes(entry, built_in, used_in, rng):
     setup.check(cache, out[0], q[0], k[0], k[0])
 
 
-# -- promise 5: NumPy and torch -----------------------------------------------------------------------------------------
+def test_threads_of_the_caller(entry, rng):
+    """Several caches attended at once, each from a thread of its own, do not get into each other's way."""
+    setup = Setup(entry, "numpy", "float32")
+    caches, queries = [], []
+    for _ in range(4):
+        k_in, v_in, q_in = (setup.draw(rng, 1, heads, 300, 16)[1] for heads in (2, 2, 8))
+        caches.append(fill(setup.cache(max_tokens=300), k_in, v_in, [300]))
+        queries.append(q_in[:, :, -3:])
+    alone = [bits(cache.attend(q)) for cache, q in zip(caches, queries, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            together = pool.map(lambda pair: bits(pair[0].attend(pair[1])), zip(caches, queries, strict=True))
+            assert list(together) == alone
+
+
+# -- promise 5: NumPy and torch --------------------------------------------------------------------
 
 
 def test_numpy_and_torch_store_the_same_bits_and_give_the_same_answer(entry, dtype, rng):

@@ -1,4 +1,6 @@
-"""Bad input: the right exception, a message that says what was expected and what came, and a cache exactly as it was."""
+"""Bad input: the right exception, a message that says what was expected and what came, and a cache
+exactly as it was.
+"""
 
 import contextlib
 import re
@@ -15,7 +17,9 @@ from tests.conformance.graph import changed, snapshot
 
 @pytest.fixture
 def cache(setup32: Setup, rng: np.random.Generator) -> kvlib.KVCache:
-    """Two sequences of 7 and 12 tokens, a fork of the second, and layer 1 three tokens behind in the first."""
+    """Two sequences of 7 and 12 tokens, a fork of the second, and layer 1 three tokens behind in the
+    first.
+    """
     cache = setup32.cache(setup32.spec(num_layers=2), batch=2, max_tokens=20, num_blocks=60)
     for seq, layer, tokens in ((0, 0, 7), (0, 1, 4), (1, 0, 12), (1, 1, 12)):
         _, k = setup32.draw(rng, 1, 2, tokens, 16)
@@ -26,7 +30,9 @@ def cache(setup32: Setup, rng: np.random.Generator) -> kvlib.KVCache:
 
 @contextlib.contextmanager
 def refuses(cache: kvlib.KVCache, error: type[Exception], *says: str) -> Iterator[None]:
-    """Inside, ``error`` is raised, its message matches every pattern, and the cache stays as it was, bit for bit."""
+    """Inside, ``error`` is raised, its message matches every pattern, and the cache stays as it was, bit
+    for bit.
+    """
     before = snapshot(cache)
     with pytest.raises(error) as info:
         yield
@@ -36,7 +42,7 @@ def refuses(cache: kvlib.KVCache, error: type[Exception], *says: str) -> Iterato
     assert changed(before, snapshot(cache)) == []
 
 
-# -- append ---------------------------------------------------------------------------------------------------------------
+# -- append ----------------------------------------------------------------------------------------
 
 # name: (shape of k, shape of v, what the message must say)
 BAD_SHAPES = {
@@ -128,7 +134,7 @@ def test_latent_takes_no_v(setup32):
         cache.append(k, k)
 
 
-# -- attend ---------------------------------------------------------------------------------------------------------------
+# -- attend ----------------------------------------------------------------------------------------
 
 BAD_QUERIES = {
     "rank 3": (
@@ -162,7 +168,7 @@ def test_attend_counts_the_tokens_of_its_own_layer(setup32, cache):
         cache.attend(q, layer=1, seqs=[0])
 
 
-# -- sequences and layers -------------------------------------------------------------------------------------------------
+# -- sequences and layers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [2, -1, True, False, 0.0, 1.5, None, "0"], ids=repr)
@@ -246,7 +252,7 @@ def test_truncate(cache, n):
         cache.truncate(0, n)
 
 
-# -- no room --------------------------------------------------------------------------------------------------------------
+# -- no room ---------------------------------------------------------------------------------------
 
 
 def test_too_many_tokens(setup32, cache):
@@ -293,7 +299,9 @@ def test_pool_exhausted_in_copy_on_write(setup32):
 
 
 def test_pool_exhausted_by_copies_and_growth_together(setup32):
-    """Three holders of one half-full block each write two tokens past it: two copies, then three new blocks."""
+    """Three holders of one half-full block each write two tokens past it: two copies, then three new
+    blocks.
+    """
     cache = full(setup32, 1, blocks=5, tokens=3, max_tokens=8, block_size=4)
     seqs = [0, cache.fork(0), cache.fork(0)]
     k = setup32.array(np.ones((3, 2, 2, 16)))
@@ -312,7 +320,7 @@ def test_cache_full_is_a_memory_error_that_carries_its_numbers(setup32):
     assert (info.value.needed, info.value.free) == (2, 1)
 
 
-# -- construction -----------------------------------------------------------------------------------------------------------
+# -- construction ----------------------------------------------------------------------------------
 
 SIZES = {"batch": -1, "max_tokens": 0, "block_size": 0, "num_blocks": 0}
 

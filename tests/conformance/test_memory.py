@@ -10,7 +10,7 @@ import torch
 import kvlib
 from kvlib.spec import FLOAT_BYTES
 from tests.conformance import bounds
-from tests.conformance.conftest import Setup
+from tests.conformance.conftest import ENTRIES, Setup
 from tests.conformance.graph import buffer_bytes, changed, leaves, snapshot
 
 
@@ -28,7 +28,7 @@ def grown(setup: Setup, tokens: int, spec: kvlib.CacheSpec | None = None, **sett
     return cache
 
 
-# -- promise 6: nbytes is the truth -----------------------------------------------------------------------------------------
+# -- promise 6: nbytes is the truth ----------------------------------------------------------------
 
 SPECS = {
     "one layer": {},
@@ -135,7 +135,7 @@ def test_nbytes_used_counts_shared_blocks_once(setup):
     assert used() == 0
 
 
-# -- promise 7: append is O(1), attend reads each cached byte once --------------------------------------------------------
+# -- promise 7: append is O(1), attend reads each cached byte once ---------------------------------
 
 
 def slots_changed(before: dict, after: dict, cache: kvlib.KVCache) -> int:
@@ -159,7 +159,9 @@ def test_append_writes_only_its_own_slots(setup32, tokens):
 
 @pytest.mark.parametrize("block_size", [None, 16])
 def test_append_allocates_the_same_at_any_length(block_size):
-    """Python and NumPy memory asked for while one token is appended: at 32K cached tokens what it is at 1K."""
+    """Python and NumPy memory asked for while one token is appended: at 32K cached tokens what it is at
+    1K.
+    """
     spec = kvlib.CacheSpec(num_kv_heads=2, head_dim=64, dtype="float32")
     peaks = []
     for cached in (1024, 32 * 1024 - 8):
@@ -172,9 +174,26 @@ def test_append_allocates_the_same_at_any_length(block_size):
         cache.append(k, k)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # The interpreter's own objects differ by some hundred bytes. One byte for each cached token would be 31 KiB.
+    # The interpreter's own objects differ by some hundred bytes. One byte for each cached token would be
+    # 31 KiB.
     assert abs(peaks[1] - peaks[0]) <= 2048
     assert peaks[1] < 1024 * spec.bytes_per_token / 20  # far from a copy of even the shorter cache
+
+
+@pytest.mark.parametrize("entry_name", list(ENTRIES))
+def test_append_allocates_the_same_at_any_capacity(entry_name):
+    """A cache that could grow to a million tokens asks for no more than one that could grow to a thousand."""
+    setup, peaks = Setup(entry_name, "numpy", "float32"), []
+    for max_tokens in (1000, 1_000_000):
+        cache = setup.cache(setup.spec(num_kv_heads=1, head_dim=1), max_tokens=max_tokens)
+        k = np.ones((1, 1, 1, 1), np.float32)
+        for _ in range(20):
+            cache.append(k, k)
+        tracemalloc.start()
+        cache.append(k, k)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert abs(peaks[1] - peaks[0]) <= 2048
 
 
 def reads(cache: kvlib.KVCache, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple, int, int]]:
@@ -216,3 +235,23 @@ def test_a_long_prefill_never_builds_the_whole_score_matrix(entry):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * 2048 * 2048 * 4 / 3
+
+
+@pytest.mark.parametrize("act", ["attend", "read"])
+def test_what_is_gathered_is_not_kept(entry, act):
+    """After the cache is gone, its memory is: what a thread keeps to gather into is a few tiles, not a
+    sequence.
+    """
+    setup = Setup(entry, "numpy", "float32")
+    tracemalloc.start()
+    try:
+        cache = grown(setup, 32768, setup.spec(head_dim=128), max_tokens=32768)
+        held = cache.nbytes
+        if act == "attend":
+            cache.attend(setup.array(np.ones((1, 8, 2, 128))))
+        else:
+            cache.read(0)
+        del cache
+        assert tracemalloc.get_traced_memory()[0] < held / 4
+    finally:
+        tracemalloc.stop()

@@ -12,7 +12,9 @@ from tests.conformance.graph import changed, snapshot
 
 
 class Text:
-    """Tokens to append: the same (K, V) rows again and again, so that two caches can be told the same story."""
+    """Tokens to append: the same (K, V) rows again and again, so that two caches can be told the same
+    story.
+    """
 
     def __init__(self, setup: Setup, layers: int = 1, tokens: int = 60) -> None:
         rng = np.random.default_rng(17)
@@ -51,7 +53,9 @@ def holders(cache: kvlib.KVCache) -> Counter:
 
 
 def conserved(cache: kvlib.KVCache) -> None:
-    """Free + held = all, each block is counted as often as it is held, and the free list holds exactly the rest."""
+    """Free + held = all, each block is counted as often as it is held, and the free list holds exactly
+    the rest.
+    """
     held = holders(cache)
     assert cache.num_free_blocks + len(held) == cache.num_blocks
     pool = cache._tables.pool
@@ -61,7 +65,7 @@ def conserved(cache: kvlib.KVCache) -> None:
     assert set(free) == set(range(cache.num_blocks)) - set(held)
 
 
-# -- fork ---------------------------------------------------------------------------------------------------------------------
+# -- fork ------------------------------------------------------------------------------------------
 
 
 def test_fork_shares_until_somebody_writes(setup):
@@ -119,7 +123,9 @@ def test_copy_on_write_between_the_layers_of_one_step(setup):
 
 
 def test_both_holders_in_one_call(setup):
-    """Parent, child and grandchild write into the same shared block in one append: the last one keeps the block."""
+    """Parent, child and grandchild write into the same shared block in one append: the last one keeps the
+    block.
+    """
     text = Text(setup)
     cache = setup.cache(num_blocks=300)
     text.append(cache, 0, 0, 19)
@@ -172,7 +178,7 @@ def test_fork_of_an_empty_sequence(setup32):
     conserved(cache)
 
 
-# -- truncate -----------------------------------------------------------------------------------------------------------------
+# -- truncate --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 15, 16, 17, 32, 33, 39, 40])
@@ -200,7 +206,9 @@ def test_truncate_to_the_same_length_changes_nothing(setup32):
 
 
 def test_truncate_leaves_the_other_holder_alone(setup):
-    """Both keep a part of the same block; the shorter one must not write into what the longer one still reads."""
+    """Both keep a part of the same block; the shorter one must not write into what the longer one still
+    reads.
+    """
     text = Text(setup)
     cache = setup.cache(num_blocks=200)
     text.append(cache, 0, 0, 30)
@@ -227,7 +235,7 @@ def test_truncate_where_a_layer_lags(setup32):
     conserved(cache)
 
 
-# -- close, open, reset -------------------------------------------------------------------------------------------------------
+# -- close, open, reset ----------------------------------------------------------------------------
 
 
 def test_closed_ids_do_not_come_back_until_reset(setup32):
@@ -294,7 +302,9 @@ def test_what_others_left_behind_is_never_seen(setup):
 
 
 def test_a_pool_serves_more_sequences_than_it_could_hold_at_once(setup32):
-    """Twenty sequences of up to three blocks through a pool of seven, in an order that mixes up the free list."""
+    """Twenty sequences of up to three blocks through a pool of seven, in an order that mixes up the free
+    list.
+    """
     size = setup32.cache().block_size
     size = 4 if size > 16 else size
     text = Text(setup32, tokens=3 * size)

@@ -1,7 +1,7 @@
 """Any sequence of operations, against a shadow that keeps every token in plain lists.
 
-Small pools, so that `CacheFull` happens; layers that run ahead of each other; sequences that share blocks. After every step
-each slot that nobody can see is filled with NaN, so that a stale or misplaced read cannot pass for an answer.
+Small pools, so that `CacheFull` happens; layers that run ahead of each other; sequences that share blocks.
+After every step each slot that nobody can see is filled with NaN: no stale read can pass for an answer.
 """
 
 import math
@@ -70,7 +70,7 @@ class CacheMachine(RuleBasedStateMachine):
     def length(self, seq: int) -> int:
         return max(map(len, self.rows[seq]))
 
-    # -- operations ---------------------------------------------------------------------------------------------------
+    # -- operations --------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.rows) < 6)
     @rule()
@@ -156,8 +156,10 @@ class CacheMachine(RuleBasedStateMachine):
         )
 
     def blocks_needed(self, step, tokens) -> int:
-        """Counted from the block tables: blocks past the end of each, and for each shared block that is written one copy per
-        writer, less one if everybody who holds it writes."""
+        """Counted from the block tables: blocks past the end of each, and copies of shared blocks.
+
+        A shared block that is written costs one copy per writer, less one if everybody who holds it writes.
+        """
         holders = Counter(block for seq in self.rows for block in self.cache.block_table(seq))
         writers, grow = Counter(), 0
         for seq in step.seqs:
@@ -168,7 +170,9 @@ class CacheMachine(RuleBasedStateMachine):
         return grow + sum(min(count, holders[block] - 1) for block, count in writers.items())
 
     def check_that_needed_blocks_would_do(self, step, missing):
-        """The same story in a pool that is larger by what was missing ends well; by one block less, it does not."""
+        """The same story in a pool that is larger by what was missing ends well; by one block less, it
+        does not.
+        """
         for extra, fits in ((missing, True), (missing - 1, False)):
             other = self.setup.cache(**self.settings, num_blocks=self.cache.num_blocks + extra)
             for act in self.story:
@@ -203,7 +207,7 @@ class CacheMachine(RuleBasedStateMachine):
             # of the largest value: a sum of a few values may cancel to almost nothing
             assert np.abs(out[row] - expected).max() <= bounds.ARITHMETIC["float32"] * np.abs(v).max()
 
-    # -- what must always hold ----------------------------------------------------------------------------------------
+    # -- what must always hold ---------------------------------------------------------------------
 
     @invariant()
     def blocks_are_conserved(self):

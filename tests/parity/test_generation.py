@@ -167,3 +167,5 @@ def test_caches_are_refused_at_once(model):
     ):
         kvlib.generate(model, PROMPT, 4, cache=small)
     assert len(list(kvlib.generate(model, PROMPT, 3, cache=small))) == 3  # the last one need not be stored
+    with pytest.raises(ValueError, match=r"holds 10 of at most 10 tokens.*max_tokens=13"):
+        kvlib.generate(model, [1], 2, cache=small)

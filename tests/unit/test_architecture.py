@@ -24,12 +24,15 @@ CORE = [
     "cache",
     "catalogue",
 ]
-# On top of it, in the order in which they may know each other; modules that are not named here may not form circles.
+# On top of it, in the order in which they may know each other; modules that are not named here may not
+# form circles.
 ABOVE = ["prefix", "prefill", "model", "engine", "sizing", "roofline", "kernels", "plots", "widgets"]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Full names of the modules that a file imports; those inside functions too, unless ``top_level_only``."""
+    """Full names of the modules that a file imports; those inside functions too, unless
+    ``top_level_only``.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -131,11 +134,12 @@ for name, settings in kvlib.CATALOGUE.items():
         cache.append(k, k * 3)
         assert np.allclose(cache.attend(k), 3)
         assert cache.read(0)[0].shape == (2, 40, 8)
-for backend, dtype, wants in (("torch", "float32", "needs torch"), ("numpy", "bfloat16", "needs the package ml_dtypes")):
+wants = {"torch": ("float32", "needs torch"), "numpy": ("bfloat16", "needs the package ml_dtypes")}
+for backend, (dtype, message) in wants.items():
     try:
         kvlib.KVCache(kvlib.CacheSpec(2, 8, dtype=dtype), backend=backend)
     except ImportError as error:
-        assert wants in str(error), error
+        assert message in str(error), error
         print(backend, dtype)
     else:
         raise AssertionError(backend)

@@ -1,5 +1,7 @@
 """The corners where NumPy and torch differ: dtypes, devices, gathers, threads, and what is missing."""
 
+import os
+import subprocess
 import sys
 import threading
 
@@ -75,7 +77,9 @@ DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_dtypes_go_round(backend, dtype):
-    """zeros, astype, dtype_name and to_numpy agree on every float dtype, and rounding is NumPy's on both backends."""
+    """zeros, astype, dtype_name and to_numpy agree on every float dtype, and rounding is NumPy's on both
+    backends.
+    """
     x = np.linspace(-3, 3, 50)
     stored = backend.astype(backend.asarray(x), dtype)
     assert backend.dtype_name(stored) == backend.dtype_name(backend.zeros((1,), dtype)) == dtype
@@ -151,3 +155,21 @@ def test_number_of_threads(monkeypatch):
         assert count() == threads
     monkeypatch.delenv("KVLIB_NUM_THREADS")
     assert count() >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_starts_threads_of_its_own():
+    """Its parent's are not there: work handed to them would wait for ever."""
+    code = """
+import os, signal
+from kvlib.arrays import numpy_backend
+assert numpy_backend.map(abs, [-1, -2]) == [1, 2]
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if numpy_backend.map(abs, [-1, -2]) == [1, 2] else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = {**os.environ, "KVLIB_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    assert done.stdout.strip() == b"0"

@@ -58,7 +58,9 @@ def same(a: Partial, b: Partial) -> None:
 
 @st.composite
 def tiles(draw):
-    """Rows, and up to five tiles of one to four keys, each with a mask that may hide everything from a row."""
+    """Rows, and up to five tiles of one to four keys, each with a mask that may hide everything from a
+    row.
+    """
     rows, rng = draw(st.integers(1, 3)), np.random.default_rng(draw(st.integers(0, 99)))
     q = rng.standard_normal((rows, 4)) * draw(st.sampled_from([1, 30]))  # scores of ±100: some weights vanish
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
@@ -170,7 +172,7 @@ def test_causal_bias(array, dtype):
     assert bias.tolist() == [[0, 0, hidden, hidden, hidden], [0, 0, 0, 0, hidden], [0] + [hidden] * 4]
 
 
-# -- the dense reference of the library, against ours and torch's -------------------------------------------------------------
+# -- the dense reference of the library, against ours and torch's ----------------------------------
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (8, 1)])
@@ -195,7 +197,9 @@ def test_dense(array, heads, kv_heads, tokens, scale):
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (8, 1)])
 @pytest.mark.parametrize("tokens", [1, 6, 30])
 def test_dense_and_the_reference_agree_with_torch(heads, kv_heads, tokens):
-    """torch's scaled_dot_product_attention, in float64; its mask is written out, for is_causal aligns the other way."""
+    """torch's scaled_dot_product_attention, in float64; its mask is written out, for is_causal aligns the
+    other way.
+    """
     rng = np.random.default_rng(6)
     q, k, v = (
         rng.standard_normal((2, h, n, 16)) for h, n in ((heads, tokens), (kv_heads, 30), (kv_heads, 30))
