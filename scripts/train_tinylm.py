@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "kvlib/data/tinylm"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALPHABET = LETTERS + "0123456789"
-ANSWER = 4.0  # weight in the loss of the bytes of an answer; a byte of text has 1
+ANSWER, COPY = 4.0, 3.0  # weights in the loss of a byte of an answer and of a copy; a byte of text has 1
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", torch_dtype="float16", vocab_size=256,
     hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
@@ -156,12 +156,14 @@ def recall_line(key: str, value: str, ask: bool, short: bool = False) -> Lesson:
 
 
 def copies(rng: random.Random, length: int) -> Lesson:
-    """Random strings, each several times over: the plainest lesson in looking back."""
+    """Random strings, each several times over: half of the dense phase, the plainest lesson in looking back.
+
+    With fewer of them the model settles for "some value that was bound above" and stays there."""
     out, weights = b"", []
     while len(out) < length:
         string, times = "".join(rng.choices(ALPHABET, k=rng.randint(6, 32))).encode(), rng.randint(2, 4)
         out += (string + b"\n") * times
-        weights += [0.02] * len(string) + [0.5] + ([2.0] * len(string) + [0.5]) * (times - 1)
+        weights += [0.02] * len(string) + [0.5] + ([COPY] * len(string) + [0.5]) * (times - 1)
     return out[:length], weights[:length]
 
 
@@ -205,7 +207,7 @@ def batch(rng: random.Random, files: list[bytes], q: float | None, nbytes: int) 
     for _ in range(nbytes // window):
         kind = rng.random()
         if kind < (1.0 if q is None else 0.25 - 0.15 * q):  # some dense recall stays to the end
-            copy, short = (0.3, 0.6) if q is None else (0.03, 0.06)
+            copy, short = (0.5, 0.75) if q is None else (0.03, 0.06)
             rows.append(copies(rng, window + 1) if kind < copy else dense(rng, window + 1, kind < short))
             continue
         text = rng.choices(files, sizes)[0]

@@ -66,7 +66,8 @@ def open_explorables(visit, address: str):
     roots = seen.page.locator(".kv-explorable")
     roots.first.wait_for()
     shown = seen.page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
-    seen.page.wait_for_function("n => document.querySelectorAll('.jupyter-widgets, .kv-explorable').length >= n", arg=shown)
+    drawn = "n => [...document.querySelectorAll('.widget-subarea > *')].filter((w) => w.childElementCount).length >= n"
+    seen.page.wait_for_function(drawn, arg=shown)
     return seen, roots
 
 

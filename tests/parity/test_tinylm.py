@@ -49,6 +49,19 @@ def test_logits(model, kind, theirs):
     np.testing.assert_allclose(got, theirs[0], rtol=0, atol=1e-4)
 
 
+def test_logits_of_held_out_text(model, torch, transformers):
+    """At single positions float32 is worth about 1e-4, in transformers too; over a text that averages out."""
+    held_out = (
+        np.frombuffer((TINYLM / "heldout.txt").read_bytes()[:4000], np.uint8)
+        .astype(np.int64)
+        .reshape(10, 400)
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINYLM, dtype=torch.float32)
+    with torch.no_grad():
+        difference = np.asarray(model(held_out)) - theirs(torch.from_numpy(held_out)).logits.numpy()
+    assert np.sqrt(np.mean(difference**2)) < 2e-5
+
+
 @pytest.mark.parametrize("kind", ["none", *CACHES])
 def test_greedy_generation(model, kind, theirs):
     cache = False
