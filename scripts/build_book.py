@@ -21,7 +21,8 @@ def command(fresh: bool) -> list[str]:
 
 def build(fresh: bool = False) -> subprocess.CompletedProcess:
     """Run Jupyter Book; its output is captured as text."""
-    result = subprocess.run(command(fresh), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(command(fresh), cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode:
         # a page that was read once is not read again, and its warning would not be seen the next time
         shutil.rmtree(ROOT / "_build" / ".doctrees", ignore_errors=True)
@@ -31,8 +32,9 @@ def build(fresh: bool = False) -> subprocess.CompletedProcess:
 def main() -> None:
     result = build(fresh="--fresh" in sys.argv[1:])
     if result.returncode:
-        warnings = [COLOUR.sub("", line) for line in result.stdout.splitlines() if re.search("WARNING|ERROR", line)]
-        sys.exit("\n".join(warnings or [result.stdout]) + "\nThe book was not built: mend what is said above.")
+        said = COLOUR.sub("", result.stdout)
+        warnings = [line for line in said.splitlines() if re.search("WARNING|ERROR", line)]
+        sys.exit("\n".join(warnings or [said]) + "\nThe book was not built: mend what is said above.")
     pages = len(list(INDEX.parent.glob("chapters/*.html"))) + 1
     print(f"The book is built: {pages} pages. Open {INDEX.relative_to(ROOT)}\n  {INDEX.as_uri()}")
 

@@ -1,8 +1,9 @@
-"""Say clearly when this Python cannot run the project. Runs on any Python 3, so the syntax is plain."""
+"""Say clearly when this Python cannot run the project. Any Python 3 can run this file."""
 import sys
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     sys.exit(
-        "This project needs Python 3.11, 3.12 or 3.13; %s is Python %d.%d.\n"
-        "Name another one, for example:  make book PYTHON=python3.12" % ((sys.executable,) + sys.version_info[:2])
+        f"This project needs Python 3.11, 3.12 or 3.13, and {sys.executable} is "
+        f"Python {sys.version_info[0]}.{sys.version_info[1]}.\n"
+        "Name another one, for example:  make book PYTHON=python3.12"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = re.compile(r"^(nvidia-|cuda-|triton)", re.IGNORECASE)
 HEADER = """\
-# Every package of the environment, for Python 3.11, 3.12 and 3.13. Written by `make lock` from requirements.txt.
+# Every package, for Python 3.11, 3.12 and 3.13. Written by `make lock` from requirements.txt.
 """
 
 

@@ -1,10 +1,10 @@
 """Execute notebooks in place and store them so that only what changed shows in a diff.
 
-    python scripts/refresh_notebooks.py chapters/*.ipynb             execute, normalise, write what changed
-    python scripts/refresh_notebooks.py --keep-outputs FILES         normalise only (after working in JupyterLab)
+    python scripts/refresh_notebooks.py chapters/*.ipynb         execute, normalise, write what changed
+    python scripts/refresh_notebooks.py --keep-outputs FILES     normalise only (after working in JupyterLab)
 
-A notebook whose execution fails is left as it was. Normalised means: no timestamps, no version of the Python that
-ran it, no scroll state, and the random ids of the widgets replaced by ones that follow from the notebook's name.
+A notebook whose execution fails is left as it was. Normalised means: no timestamps, no version of the Python
+that ran it, no scroll state, and widget ids that follow from the notebook's name instead of random ones.
 """
 import argparse
 import hashlib
@@ -46,7 +46,8 @@ def normalise(notebook: nbformat.NotebookNode, name: str) -> str:
     """The text to store for a notebook: it follows from the sources and the outputs, not from the run."""
     notebook = nbformat.from_dict(notebook)
     widgets = notebook.metadata.get("widgets", {}).get(WIDGET_STATE)
-    notebook.metadata = nbformat.from_dict(METADATA | ({"widgets": {WIDGET_STATE: widgets}} if widgets else {}))
+    kept = {"widgets": {WIDGET_STATE: widgets}} if widgets else {}
+    notebook.metadata = nbformat.from_dict(METADATA | kept)
     for index, cell in enumerate(notebook.cells):
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k not in NOISE})
         cell.setdefault("id", stable_id(name, "cell", index)[:8])
@@ -69,7 +70,7 @@ def merge_streams(outputs: list) -> list:
     merged = []
     for output in outputs:
         last = merged[-1] if merged else {}
-        if output.get("output_type") == "stream" and (last.get("output_type"), last.get("name")) == ("stream", output.name):
+        if output.output_type == "stream" and last.get("name") == output.name:
             last["text"] += output.text
         else:
             merged.append(output)
@@ -127,7 +128,8 @@ def main() -> None:
             changed = refresh(path, options.keep_outputs, options.timeout)
         except CellExecutionError as error:
             failed = True
-            print(f"{path}: a cell failed, the file is as it was\n{ANSI.sub('', str(error))}", file=sys.stderr)
+            message = ANSI.sub("", str(error))
+            print(f"{path}: a cell failed, the file is as it was\n{message}", file=sys.stderr)
         else:
             print(f"{path}: {'updated' if changed else 'no change'}")
     sys.exit(failed)
