@@ -1,7 +1,7 @@
 """Read the docstring of a property as text.
 
-Napoleon takes "Columns of V: none when V is a view of K" for "type: description" when it stands in the first line
-of a property, so the colon is out of its sight while it reads.
+Napoleon takes "Columns of V: none when V is a view of K" for "type: description" when it stands in the first
+line of a property, so the colon is out of its sight while it reads.
 """
 from sphinx.application import Sphinx
 

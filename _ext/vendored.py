@@ -1,7 +1,7 @@
 """Serve everything from the book itself.
 
-`_vendor/` (MathJax, the widget manager, fonts; put there by scripts/vendor.py) becomes static files. Listing it
-under `html_static_path` in `_config.yml` instead would make Jupyter Book load every script in it on every page.
+`_vendor/` (MathJax, the widget manager, fonts; put there by scripts/vendor.py) becomes static files. Listing
+it under `html_static_path` in `_config.yml` instead would make Jupyter Book load every script on every page.
 Thebe, which Jupyter Book always brings along and which runs code on a server elsewhere, stays out.
 """
 from pathlib import Path
@@ -20,9 +20,10 @@ def add_vendored_files(app: Sphinx, config) -> None:
 
 
 def leave_thebe_out(app: Sphinx, config) -> None:
-    for listener in [*app.events.listeners["env-before-read-docs"], *app.events.listeners["doctree-resolved"]]:
-        if listener.handler.__module__ == "sphinx_thebe":
-            app.disconnect(listener.id)
+    for event in ("env-before-read-docs", "doctree-resolved"):
+        for listener in list(app.events.listeners[event]):
+            if listener.handler.__module__ == "sphinx_thebe":
+                app.disconnect(listener.id)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

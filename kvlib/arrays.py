@@ -7,6 +7,7 @@ things that standard leaves out: gathers into a buffer, in-place exponentials, b
 import functools
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -93,8 +94,13 @@ class NumpyBackend:
         def work(share: list[Any]) -> list[Any]:
             return [function(item) for item in share]
 
-        others = [_thread_pool().submit(work, share) for share in shares[1:]]
-        done = [work(shares[0]), *(other.result() for other in others)]  # this thread takes the first share
+        try:
+            others = [_thread_pool().submit(work, share) for share in shares[1:]]
+        except RuntimeError:  # no new threads: the main one has ended, or the system has no more to give
+            return [function(item) for item in items]
+        done = [work(shares[0])]  # this thread takes the first share, and every other that nobody has begun:
+        for share, other in zip(shares[1:], others, strict=True):  # the pool may be busy, even with our own caller
+            done.append(work(share) if other.cancel() else other.result())
         return [done[i % len(shares)][i // len(shares)] for i in range(len(items))]
 
 
@@ -118,6 +124,9 @@ class TorchBackend:
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device; use device='cpu'")
         self.device = torch.empty(0, device=device or "cpu").device  # "cuda" becomes "cuda:0", "cpu:0" becomes "cpu"
+
+    def __reduce__(self) -> tuple:
+        return TorchBackend, (str(self.device),)  # copied and pickled by name: modules cannot be
 
     def owns(self, x: object) -> bool:
         return isinstance(x, self.torch.Tensor) and x.device == self.device
@@ -192,7 +201,8 @@ def backend_of(x: Array) -> Backend:
     """The backend that ``x`` belongs to; raises TypeError for anything but a NumPy array or a torch tensor."""
     if isinstance(x, np.ndarray):
         return numpy_backend
-    if type(x).__module__.partition(".")[0] == "torch":
+    torch = sys.modules.get("torch")  # where nobody has imported it, nothing is a tensor
+    if torch is not None and isinstance(x, torch.Tensor):
         return _torch_backend(str(x.device))
     raise TypeError(f"expected a NumPy array or a torch tensor, got {type(x).__name__}")
 
@@ -223,7 +233,11 @@ def _torch_backend(device: str) -> TorchBackend:
 def num_threads() -> int:
     """Threads for NumPy work: the cores this process may use, or the environment variable KVLIB_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(os.environ.get("KVLIB_NUM_THREADS", cores)))
+    given = os.environ.get("KVLIB_NUM_THREADS") or cores
+    try:
+        return max(1, int(given))
+    except ValueError:
+        raise ValueError(f"the environment variable KVLIB_NUM_THREADS must be an integer, got {given!r}") from None
 
 
 @functools.cache

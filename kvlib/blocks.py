@@ -18,6 +18,9 @@ class CacheFull(MemoryError):
         )
         self.needed, self.free, self.total = needed, free, total
 
+    def __reduce__(self) -> tuple:
+        return CacheFull, (self.needed, self.free, self.total)  # so that it can leave a worker process
+
 
 class BlockPool:
     """``num_blocks`` blocks, each with a reference count; a count of 0 means that the block is free.

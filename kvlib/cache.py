@@ -49,13 +49,18 @@ class KVCache:
         self.batch = _size("batch", batch, least=0)
         self.max_tokens = _size("max_tokens", max_tokens)
         self.block_size = self.max_tokens if block_size is None else _size("block_size", block_size)
-        self._max_blocks = math.ceil(max_tokens / self.block_size)  # in one sequence
-        self.num_blocks = max(batch, 1) * self._max_blocks if num_blocks is None else _size("num_blocks", num_blocks)
+        self._max_blocks = math.ceil(self.max_tokens / self.block_size)  # in one sequence
+        self.num_blocks = max(self.batch, 1) * self._max_blocks if num_blocks is None else _size("num_blocks", num_blocks)
         self.spec = spec
         self.backend = get_backend(backend, device)
         self.codec = get_codec(codec, spec.dtype)
         self._storage = BlockStorage(spec, self.num_blocks, self.block_size, self.codec, self.backend)
         self.reset()
+
+    def __repr__(self) -> str:
+        blocks = f"{self.num_blocks - self.num_free_blocks} of {self.num_blocks} blocks of {self.block_size} tokens in use"
+        where = self.backend.name if self.backend.device is None else f"{self.backend.name} on {self.backend.device}"
+        return f"KVCache({self.spec}, {type(self.codec).__name__}, {where}; {len(self.lengths)} sequences, {blocks})"
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
@@ -185,8 +190,10 @@ class KVCache:
     def _resolve(self, layer: int, seqs: SequenceOf[int] | None) -> dict[int, Table]:
         if not isinstance(layer, int | np.integer) or isinstance(layer, bool) or not 0 <= layer < self.spec.num_layers:
             raise IndexError(f"layer must be an integer from 0 to {self.spec.num_layers - 1}, got {layer!r}")
-        if isinstance(seqs, int | np.integer):
+        if isinstance(seqs, int | float | np.number):
             raise TypeError(f"seqs must be a list of sequence ids, got {seqs!r}: write seqs=[{seqs!r}]")
+        if seqs is None and not self._tables.open_tables:
+            raise ValueError("the cache has no open sequence, and this needs at least one; call open() first")
         seqs = list(self._tables.open_tables if seqs is None else seqs)
         tables = {seq: self._tables[seq] for seq in seqs}
         if not tables or len(tables) < len(seqs):

@@ -25,6 +25,19 @@ FAMILIES = {
 }
 
 
+# what a field of config.json must be where it is there and not null; sizes are checked one by one
+FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "architectures": list,
+    "quantization_config": dict,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+    "layer_types": list,
+    "sliding_window": int,
+    "max_window_layers": int,
+    "rms_norm_eps": (float, int),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of a decoder: everything but its weights.
@@ -62,6 +75,10 @@ class ModelConfig:
             ValueError: an architecture, activation, quantisation, window or rope scaling that kvlib lacks
                 (the message says what it has); a size that is missing, not positive or at odds with others.
         """
+        for name, kind in FIELD_TYPES.items():
+            if config.get(name) is not None and not isinstance(config[name], kind):
+                wanted = "a number" if isinstance(kind, tuple) else f"of type {kind.__name__}"
+                raise ValueError(f"config.json: {name} must be {wanted}, got {config[name]!r}")
         architecture = _architecture(config)
         family = FAMILIES[architecture]
         if (activation := config.get("hidden_act", "silu")) != "silu":
@@ -169,7 +186,7 @@ def _architecture(config: dict[str, Any]) -> str:
     names = config.get("architectures") or []
     if not names:  # a config that was never saved with a model says only its type
         names = [name for name, family in FAMILIES.items() if family.model_type == config.get("model_type")]
-    found = names[0] if names else f"model_type {config.get('model_type')!r}"
+    found = str(names[0]) if names else f"model_type {config.get('model_type')!r}"
     if found not in FAMILIES:
         raise ValueError(f"architecture {found} is not supported; supported: {', '.join(FAMILIES)}")
     return found
@@ -190,7 +207,8 @@ def _sliding_window(config: dict[str, Any], model_type: str) -> int | None:
         window = config.get("sliding_window", 4096)  # transformers' default: only an explicit null means none
     elif model_type.startswith("qwen") and config.get("use_sliding_window"):
         sliding = "sliding_attention" in (config.get("layer_types") or [])
-        if sliding or config.get("max_window_layers", 28) < config["num_hidden_layers"]:
+        full = config.get("max_window_layers")
+        if sliding or (28 if full is None else full) < config["num_hidden_layers"]:
             window = config.get("sliding_window", 4096)
     if window is not None and window < context:
         raise ValueError(

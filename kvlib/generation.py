@@ -61,7 +61,7 @@ def generate(
         if (value is None and name == "top_k") or (isinstance(value, int | np.integer) and value >= least):
             continue
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+    if not isinstance(temperature, int | float | np.floating) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
     stop = [stop] if isinstance(stop, int | np.integer) else stop
     ending = [] if stop is None else _encode(model, "stop", stop)

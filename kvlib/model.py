@@ -54,9 +54,7 @@ class Transformer:
         kind = get_backend(backend, device)
         allowed = ("float32",) if kind.name == "numpy" else ("float32", "float16", "bfloat16")
         if dtype not in allowed:
-            raise ValueError(
-                f"dtype must be {' or '.join(allowed)} on the {kind.name} backend, got {dtype!r}"
-            )
+            raise ValueError(f"dtype must be {' or '.join(allowed)} on the {kind.name} backend, got {dtype!r}")
         directory = Path(path)
         config = ModelConfig.from_dict(checkpoint.read_config(directory))
         weights = checkpoint.read_tensors(directory, config.tensor_shapes(), kind, dtype)
@@ -106,16 +104,29 @@ class Transformer:
 
         Raises:
             TypeError, ValueError, KeyError: tokens, cache or sequences do not fit (the message says how).
-            CacheFull: from the cache. Whatever is raised is raised before anything is appended.
+            CacheFull: from the cache. Whatever is raised, the cache is truncated to what it held before.
         """
         ids = self._checked_tokens(tokens)
         seqs, starts = self._checked_sequences(ids, cache, seqs)
         positions = starts[:, None] + np.arange(ids.shape[1])
         self._check_window(positions)
         cos, sin = cos_sin(positions, self._turn, self._rope_scale, self.backend)
-        eps = self.config.rms_norm_eps
 
         x = self._embedding[self.backend.asarray(ids)]
+        try:
+            x = self._run_layers(x, cos, sin, cache, seqs)
+        except BaseException:  # interrupted between two layers, the cache would hold a step that some lack
+            if hasattr(cache, "truncate"):
+                for seq, start in zip(seqs, starts.tolist(), strict=True):
+                    cache.truncate(seq, start)
+            raise
+        if last_only:
+            x = x[:, -1:]
+        x = rms_norm(x, self._weights["model.norm.weight"], self.config.rms_norm_eps)
+        return self.backend.astype(linear(x, {"output.weight": self._output}, "output"), "float32")
+
+    def _run_layers(self, x: Array, cos: Array, sin: Array, cache: KVCache | None, seqs: list[int] | None) -> Array:
+        eps = self.config.rms_norm_eps
         for layer, w in enumerate(self._layers):
             q, k, v = self._project(rms_norm(x, w["input_layernorm.weight"], eps), w, cos, sin)
             if cache is None:
@@ -125,10 +136,7 @@ class Transformer:
                 heads = cache.attend(q, layer=layer, seqs=seqs)
             x = x + linear(_join_heads(heads), w, "self_attn.o_proj")
             x = x + swiglu(rms_norm(x, w["post_attention_layernorm.weight"], eps), w)
-        if last_only:
-            x = x[:, -1:]
-        x = rms_norm(x, self._weights["model.norm.weight"], eps)
-        return self.backend.astype(linear(x, {"output.weight": self._output}, "output"), "float32")
+        return x
 
     def _project(self, x: Array, w: Weights, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """x (B, T, d) -> q (B, Hq, T, D), k and v (B, Hkv, T, D); q and k normalised (Qwen3) and rotated."""
@@ -157,9 +165,7 @@ class Transformer:
             )
         return ids.astype(np.int64)
 
-    def _checked_sequences(
-        self, ids: np.ndarray, cache: Any, seqs: Any
-    ) -> tuple[list[int] | None, np.ndarray]:
+    def _checked_sequences(self, ids: np.ndarray, cache: Any, seqs: Any) -> tuple[list[int] | None, np.ndarray]:
         """The sequences that the rows of ``ids`` continue, and how many tokens each has seen."""
         if cache is None:
             if seqs is not None:
@@ -169,9 +175,7 @@ class Transformer:
             raise TypeError(f"cache must be a KVCache; a {type(cache).__name__} has no {', '.join(missing)}")
         spec, lengths = getattr(cache, "spec", self.spec), cache.lengths
         if _shape(spec) != _shape(self.spec):
-            raise ValueError(
-                f"the cache was built for another model: it has {spec}, this model needs {self.spec}"
-            )
+            raise ValueError(f"the cache was built for another model: it has {spec}, this model needs {self.spec}")
         seqs = list(lengths) if seqs is None else [operator.index(seq) for seq in seqs]
         if unknown := [seq for seq in seqs if seq not in lengths]:
             raise KeyError(f"sequences {unknown} are not open; open sequences: {list(lengths)}")
@@ -217,9 +221,7 @@ def silu(x: Array) -> Array:
     """x * sigmoid(x) = x / (1 + e^-x), in the dtype of x."""
     backend = backend_of(x)
     wide = backend.astype(x, "float32")
-    growth = backend.xp.exp(
-        backend.xp.clip(-wide, None, 80.0)
-    )  # e^80 fits float32; beyond, silu is under 1e-32
+    growth = backend.xp.exp(backend.xp.clip(-wide, None, 80.0))  # e^80 fits float32; beyond, silu is under 1e-32
     return backend.astype(wide / (1 + growth), backend.dtype_name(x))
 
 

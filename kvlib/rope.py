@@ -42,7 +42,7 @@ def read_rope(config: dict[str, Any]) -> dict[str, Any]:
             "rope_type 'dynamic' is not supported: it changes the frequencies as a sequence grows, so cached "
             "keys would have been turned by other angles than new ones; use 'yarn' or 'linear'"
         )
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
 
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
@@ -61,7 +61,7 @@ def read_rope(config: dict[str, Any]) -> dict[str, Any]:
             f"rope_type {kind!r} has parameters that kvlib does not know: {', '.join(sorted(unknown))}"
         )
     for name, value in {"rope_theta": theta, **given}.items():
-        if not isinstance(value, int | float) or (name != "truncate" and not value > 0):
+        if not isinstance(value, int | float) or (name != "truncate" and not 0 < value < math.inf):
             raise ValueError(f"rope parameter {name} must be a positive number, got {value!r}")
     if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
         raise ValueError(f"rope_type 'llama3' needs high_freq_factor above low_freq_factor, got {given}")

@@ -90,7 +90,8 @@ class BlockStorage:
             return {name: plane[int(table[first]), :, here] for name, plane in planes.items()}
 
         heads = np.arange(self.spec.num_kv_heads)[:, None]
-        rows = table[first : last + 1] * len(heads) + heads  # (Hkv, blocks): a head's part of each block, in order
+        # (Hkv, blocks): a head's part of each block, in order; int64, for int32 ids times heads may pass 2^31
+        rows = table[first : last + 1].astype(np.int64) * len(heads) + heads
         tokens = {}
         for name, plane in planes.items():
             part = plane.shape[2:]  # of one head in one block: (block_size, columns)

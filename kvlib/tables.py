@@ -1,6 +1,5 @@
 """BlockTables: which blocks hold which sequence, and whose they are to write into."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence as SequenceOf
 
@@ -37,13 +36,13 @@ class BlockTables:
         self.pool = BlockPool(num_blocks)
         self.block_size, self.max_blocks, self.num_layers = block_size, max_blocks, num_layers
         self.open_tables: dict[int, Table] = {}
-        self._ids = itertools.count()
+        self._next_id = 0
 
     def __getitem__(self, seq: int) -> Table:
-        try:
+        # True == 1 and 0.0 == 0: a mask handed over as ids would silently name sequences 1 and 0
+        if isinstance(seq, int | np.integer) and not isinstance(seq, bool) and seq in self.open_tables:
             return self.open_tables[seq]
-        except (KeyError, TypeError):
-            raise KeyError(f"sequence {seq!r} is not open; open sequences: {list(self.open_tables)}") from None
+        raise KeyError(f"sequence {seq!r} is not open; open sequences: {list(self.open_tables)}")
 
     def arrays(self) -> Iterator[np.ndarray]:
         yield from self.pool.arrays()
@@ -52,7 +51,7 @@ class BlockTables:
             yield table.filled
 
     def open(self) -> int:
-        seq = next(self._ids)
+        seq, self._next_id = self._next_id, self._next_id + 1
         self.open_tables[seq] = Table(self.max_blocks, self.num_layers)
         return seq
 

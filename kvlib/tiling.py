@@ -27,11 +27,12 @@ class Cut:
         heads, width = storage.spec.num_kv_heads, storage.spec.head_dim
         tile = max(128, TILE_SCORES // (heads * rows))
         if storage.block_size < tile:  # a tile of several blocks is gathered; one inside a block is a view
-            tile = max(storage.block_size, min(tile, TILE_BYTES // (4 * heads * width)))
+            tile = min(tile, TILE_BYTES // (4 * heads * width))
+            tile = max(1, tile // storage.block_size) * storage.block_size  # a block cut in two would be gathered twice
         strip = _power_of_two(storage.backend.serial_product // (rows * width))
-        # one row is a matrix-vector product, and many rows a large one: both are shared out by BLAS itself
-        pieces = math.ceil(num_threads() / sequences) if rows > 1 and strip >= 64 else 0
-        return cls(tile, strip, pieces)
+        if rows == 1 or strip < 64:  # a matrix-vector product, or a large one: BLAS itself shares both out
+            return cls(tile, 0, 0)
+        return cls(tile, strip, math.ceil(num_threads() / sequences))
 
 
 def attend_sequences(
@@ -65,8 +66,10 @@ def _partials(
     backend = storage.backend
     length = int(table.filled[layer])
     first_query = length - tokens
-    for lo in range(start, stop, cut.tile):
-        hi = min(lo + cut.tile, stop)
+    edge = max(cut.tile, storage.block_size)  # no tile reaches over the end of a block that is larger than it
+    hi = start
+    while hi < stop:
+        lo, hi = hi, min(hi + cut.tile, (hi // edge + 1) * edge, stop)
         k, v = storage.read(layer, table.ids, lo, hi, dtype)
         if hi - 1 > first_query:
             queries, keys = (backend.asarray(backend.xp.arange(*ends)) for ends in ((first_query, length), (lo, hi)))

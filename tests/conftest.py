@@ -18,9 +18,10 @@ settings.load_profile("thorough" if os.environ.get("KVLIB_HYPOTHESIS") == "thoro
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    missing = [name for name in ("torch", "transformers", "playwright") if importlib.util.find_spec(name) is None]
+    needed = ("torch", "transformers", "playwright")
+    missing = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
     if REQUIRE and missing:
-        pytest.exit(f"KVLIB_REQUIRE=1, but {', '.join(missing)} cannot be imported: run `make setup`", returncode=3)
+        pytest.exit(f"KVLIB_REQUIRE=1, but {missing} cannot be imported: run `make setup`", returncode=3)
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,10 @@ function explore(kit, data) {
   kit.range("edit", "Change the byte at", { max: tokens.length - 2, value: 6, show: (j) => `${j}: ${tokens[j]} → ${data.edits[j]}` });
   kit.select("layer", "Look at the keys of", data.change.map((_, l) => [l, `layer ${l + 1}`]), 1);
 
-  const width = 760, left = 62, column = (width - left - 4) / tokens.length, row = 13;
+  const width = 660, left = 62, column = (width - left - 4) / tokens.length, row = 13;
   const top = 26, gridEnd = top + steps * row, strip = gridEnd + 86, bars = strip + 34;
   const picture = kit.drawing(width, bars + 62, "One row per step, one column per token: rows computed and rows remembered");
+  picture.style.minWidth = "37rem";              // on a phone it scrolls: squeezed, its letters could not be read
   const sample = (colour, text) => kit.element("span", {}, kit.element("i", { style: `background: var(--kv-${colour})` }), text);
   kit.readout.before(kit.element("div", { class: "kv-key" },
     sample("k", "row of K computed"), sample("v", "row of V computed"), sample("line", "both remembered")));
@@ -76,7 +77,7 @@ function explore(kit, data) {
     const most = totals.without[steps], scale = (width - left - 210) / most;
     return ["without", "with"].flatMap((kind, index) => {
       const y = bars + index * 26, total = totals[kind][step], chosen = kind === cache;
-      return [write(0, y + 13, kind, { style: chosen ? "font-weight: 600" : "", class: chosen ? "" : "muted" }),
+      return [write(0, y + 13, kind === "with" ? "cache" : "no cache", { style: chosen ? "font-weight: 600" : "", class: chosen ? "" : "muted" }),
         fill(left, y, Math.max(1, total * scale), 17, "var(--kv-accent)", chosen ? 1 : 0.45),
         write(left + total * scale + 6, y + 13, `${short(total)} multiply-adds`, { class: chosen ? "" : "muted" })];
     });
@@ -87,7 +88,7 @@ function explore(kit, data) {
     const remembered = fed - computed;
     let text = `Step ${step}: in each layer ${plural(computed, "row")} of K and V computed, ${remembered} remembered. `;
     text += `So far ${(totals.without[step] / totals.with[step]).toFixed(1)} times fewer multiply-adds with a cache. `;
-    if (edit >= fed) return `${text}Byte ${edit} is not in the text yet.`;
+    if (edit >= fed) return `${text}Byte ${edit} is not in the text yet: no stored key of layer ${Number(layer) + 1} depends on it.`;
     const stale = data.change[layer][edit].slice(0, fed).filter((c) => c > 0).length;
     return `${text}Change byte ${edit}, and ${plural(stale, "stored key")} of layer ${Number(layer) + 1} would be wrong; ${number(fed - stale)} would still be right.`;
   }

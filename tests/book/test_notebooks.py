@@ -1,6 +1,5 @@
-"""What nbval cannot see: a cell without an execution count passes it vacuously, and so does one that is tagged away."""
+"""What nbval cannot see: a cell without an execution count passes it vacuously, as does one tagged away."""
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -10,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "chapters").glob("*.ipynb"))
 SKIPS = {"nbval-skip", "skip-execution", "remove-cell"}
 IGNORES = {"nbval-ignore-output"}
-COMMENT_MARKERS = re.compile(r"^\s*#\s*(NBVAL_SKIP|NBVAL_IGNORE_OUTPUT|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
+COMMENT_MARKERS = re.compile(r"^\s*#\s*(NBVAL_SKIP|NBVAL_IGNORE_OUTPUT|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$",
+                             re.MULTILINE)
 KNOWN_TAGS = SKIPS | IGNORES | {
     "raises-exception", "nbval-raises-exception", "hide-input", "hide-output", "hide-cell", "remove-input",
     "remove-output", "remove-stderr", "remove-stdout", "margin", "full-width", "output_scroll",
@@ -45,7 +45,8 @@ def test_no_cell_is_skipped_and_few_are_not_compared(path):
     marked = [c.execution_count for c in cells if COMMENT_MARKERS.search(c.source)]
     assert not skipped, f"cells {skipped} would not be executed by the tests"
     assert not marked, f"cells {marked} hide an nbval marker in a comment: use a tag"
-    assert len(ignored) <= max(1, 0.05 * len(cells)), f"{len(ignored)} of {len(cells)} outputs not compared: {ignored}"
+    assert len(ignored) <= max(1, 0.05 * len(cells)), (
+        f"{len(ignored)} of {len(cells)} outputs are not compared: {ignored}")
 
 
 @notebooks
@@ -68,7 +69,7 @@ def test_no_error_is_stored_unless_it_is_meant(path):
 def test_widgets_are_alive_without_a_kernel(path):
     """interact and observe need a running kernel: in the built page their sliders would change nothing."""
     source = "\n".join(c.source for c in code_cells(path))
-    found = re.findall(r"\b(?:interact|interactive|interactive_output|interact_manual)\s*\(|\.observe\s*\(", source)
+    found = re.findall(r"\binteract(?:ive|ive_output|_manual)?\s*\(|\.observe\s*\(", source)
     assert not found, f"dead in the built book: {found}"
 
 

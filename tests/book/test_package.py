@@ -31,15 +31,16 @@ def wheel(root, tmp_path_factory):
 
 def test_wheel_holds_the_data_files(wheel, root):
     packed = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(root).as_posix() for folder in ("data", "widgets")
-              for path in (root / "kvlib" / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files = [path for folder in ("data", "widgets") for path in (root / "kvlib" / folder).rglob("*")]
+    wanted = {path.relative_to(root).as_posix() for path in files
+              if path.is_file() and "__pycache__" not in path.parts}
     assert len(wanted) > 4 and not wanted - packed
 
 
 def test_wheel_imports_with_numpy_alone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    run = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{IMPORT}"],
-                         cwd=tmp_path, capture_output=True, text=True)
+    first = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    run = subprocess.run([sys.executable, "-c", first + IMPORT], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     where, heavy = json.loads(run.stdout)
     assert where.startswith(str(tmp_path)) and heavy == []

@@ -1,11 +1,11 @@
-"""The committed files speak of the project alone: no path of somebody's machine, no package registry's host."""
+"""The committed files speak of the project alone: no path of somebody's machine, no host of a registry."""
 import re
 import subprocess
 
 import pytest
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:root|work|home/\w+|Users/\w+|tmp/\w+|var/folders)/[\w.]+")
-REGISTRY = re.compile(r"registry\.npmjs\.org|registry\.yarnpkg\.com|files\.pythonhosted\.org|pypi\.org/simple|file:///\w")
+REGISTRY = re.compile(r"registry\.(?:npmjs\.org|yarnpkg\.com)|pythonhosted\.org|pypi\.org/simple|file:///\w")
 
 
 def committed_files(root) -> list:

@@ -64,6 +64,27 @@ def browser():
         chromium.close()
 
 
+def listen(page, seen: Visit, home: str) -> None:
+    """Note on `seen` what goes wrong on the page, and every request that does not begin with `home`."""
+    def on_request(request) -> None:
+        if not request.url.startswith((home, "data:", "blob:")):
+            seen.foreign.append(request.url)
+
+    def on_response(response) -> None:
+        if response.status >= 400:
+            seen.failed.append(f"{response.url}: {response.status}")
+
+    def on_console(message) -> None:
+        if message.type == "error":
+            seen.console.append(message.text)
+
+    page.on("request", on_request)
+    page.on("response", on_response)
+    page.on("requestfailed", lambda request: seen.failed.append(f"{request.url}: {request.failure}"))
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: seen.console.append(f"uncaught {error}"))
+
+
 @pytest.fixture
 def visit(browser):
     """visit(address, theme) opens a page in a fresh profile and waits until it stands."""
@@ -74,15 +95,12 @@ def visit(browser):
         contexts.append(context)
         context.set_default_timeout(30_000)
         # as the theme's own switch leaves it
-        context.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');")
+        context.add_init_script(
+            f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');")
         page = context.new_page()
         seen = Visit(page, [], [], [])
         home = address[:address.index("/", address.index("://") + 3) + 1]
-        page.on("request", lambda r: None if r.url.startswith((home, "data:", "blob:")) else seen.foreign.append(r.url))
-        page.on("requestfailed", lambda r: seen.failed.append(f"{r.url}: {r.failure}"))
-        page.on("response", lambda r: seen.failed.append(f"{r.url}: {r.status}") if r.status >= 400 else None)
-        page.on("console", lambda m: seen.console.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda e: seen.console.append(f"uncaught {e}"))
+        listen(page, seen, home)
         page.goto(address, wait_until="load")
         page.wait_for_load_state("networkidle")
         page.wait_for_function("!window.MathJax?.startup || window.MathJax.startup.promise.then(() => true)")

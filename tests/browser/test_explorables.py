@@ -1,9 +1,9 @@
 """Every explorable answers to the keyboard and to the mouse.
 
-The contract of an explorable: its root has class `kv-explorable` and an attribute `data-state` that says what it
-shows. Its controls are <input type=range|checkbox|radio|number>, <button> and <select>. A control that would do
-nothing is disabled, or says that it is on already (aria-pressed, checked). A control that is on a timer, such as
-"play", changes `data-state` at once.
+The contract of an explorable: its root has class `kv-explorable` and an attribute `data-state` that says what
+it shows. Its controls are <input type=range|checkbox|radio|number>, <button> and <select>. A control that
+would do nothing is disabled, or says that it is on already (aria-pressed, checked). A control that starts
+something over time, such as "play", changes `data-state` at once.
 """
 from pathlib import Path
 
@@ -26,6 +26,8 @@ NAMELESS = """controls => controls
   .filter((c) => !(c.labels?.length || c.ariaLabel || c.getAttribute("aria-labelledby") || c.title
     || (c.tagName === "BUTTON" && c.textContent.trim())))
   .map((c) => c.outerHTML)"""
+
+DRAWN = "[...document.querySelectorAll('.widget-subarea > *')].filter((w) => w.childElementCount)"
 
 
 def by_keyboard(control) -> None:
@@ -66,8 +68,7 @@ def open_explorables(visit, address: str):
     roots = seen.page.locator(".kv-explorable")
     roots.first.wait_for()
     shown = seen.page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
-    drawn = "n => [...document.querySelectorAll('.widget-subarea > *')].filter((w) => w.childElementCount).length >= n"
-    seen.page.wait_for_function(drawn, arg=shown)
+    seen.page.wait_for_function(f"n => ({DRAWN}).length >= n", arg=shown)
     return seen, roots
 
 
@@ -92,8 +93,9 @@ def operate_all(root, act) -> None:
                 arg=[root.element_handle(), *before], timeout=10_000)
         except Exception:
             after = root.get_attribute("data-state"), root.evaluate(VISIBLE)
-            unchanged = [what for what, a, b in zip(("data-state", "what the reader sees"), before, after, strict=True) if a == b]
-            pytest.fail(f"{act.__name__} left {' and '.join(unchanged)} as it was: {name}")
+            parts = zip(("data-state", "what the reader sees"), before, after, strict=True)
+            same = " and ".join(part for part, old, new in parts if old == new)
+            pytest.fail(f"{act.__name__} left {same} as it was: {name}")
         waiting.remove(index)
 
 
