@@ -15,7 +15,6 @@ def link_repository(app: Sphinx, config) -> None:
             "repository_branch": os.environ.get("GITHUB_REF_NAME", "main"),
             "use_repository_button": True,
             "use_issues_button": True,
-            "launch_buttons": {"colab_url": "https://colab.research.google.com"},
         }
 
 

@@ -4,6 +4,7 @@ The rest of kvlib writes array-API code (``xp.exp``, ``x.mT``, ``keepdims=True``
 things that standard leaves out: gathers into a buffer, in-place exponentials, bfloat16, threads.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -30,8 +31,10 @@ class NumpyBackend:
     xp = np
     serial_product = 1 << 18  # multiply-adds up to which OpenBLAS runs a matrix product on the calling thread
 
+    exact = contextlib.nullcontext  # see TorchBackend
+
     def owns(self, x: object) -> bool:
-        return isinstance(x, np.ndarray)
+        return isinstance(x, np.ndarray) and not hasattr(x, "mask")  # a masked array would lose its mask in silence
 
     def dtype(self, name: str) -> np.dtype:
         if name == "bfloat16":
@@ -129,7 +132,11 @@ class TorchBackend:
         return TorchBackend, (str(self.device),)  # copied and pickled by name: modules cannot be
 
     def owns(self, x: object) -> bool:
-        return isinstance(x, self.torch.Tensor) and x.device == self.device
+        return isinstance(x, self.torch.Tensor) and x.device == self.device and x.layout is self.torch.strided
+
+    def exact(self) -> Any:
+        """A context in which products keep the dtype of their arguments, even inside the caller's `torch.autocast`."""
+        return self.torch.autocast(self.device.type, enabled=False)
 
     def dtype(self, name: str) -> Any:
         return getattr(self.torch, name)
@@ -210,10 +217,10 @@ def backend_of(x: Array) -> Backend:
 def check_float(name: str, x: Array, backend: Backend) -> None:
     """Raise TypeError unless ``x`` is a floating-point array of ``backend``; the message says what came instead."""
     if not backend.owns(x):
-        where = f"{backend.name} array" + (f" on {backend.device}" if backend.device else "")
+        where = f"{backend.name} array" + (f" on {backend.device}, torch.strided" if backend.device else "")
         came = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
         if getattr(x, "device", None) is not None and not isinstance(x, np.ndarray):
-            came += f" on {x.device}"
+            came += f" on {x.device}, {getattr(x, 'layout', 'dense')}"
         raise TypeError(f"{name} must be a {where}, got a {came}; convert it or build the cache for that backend")
     if backend.dtype_name(x) not in FLOAT_BYTES:
         raise TypeError(f"{name} must have a dtype of {', '.join(FLOAT_BYTES)}, got {backend.dtype_name(x)}")

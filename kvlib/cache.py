@@ -24,6 +24,7 @@ class KVCache:
         block_size: tokens per block. None is one block as long as ``max_tokens``: the contiguous cache.
         num_blocks: blocks in the pool. None is enough for ``batch`` (at least one) full sequences.
         codec: how a token is stored: a name ("plain") or a codec object.
+        eviction: which tokens stay. None, all of them, is the only answer so far.
         backend: "numpy" or "torch"; device: "cpu" or "cuda" (torch only).
 
     Raises:
@@ -41,6 +42,7 @@ class KVCache:
         block_size: int | None = None,
         num_blocks: int | None = None,
         codec: str | Codec = "plain",
+        eviction: None = None,
         backend: str = "numpy",
         device: str | None = None,
     ) -> None:
@@ -51,6 +53,8 @@ class KVCache:
         self.block_size = self.max_tokens if block_size is None else _size("block_size", block_size)
         self._max_blocks = math.ceil(self.max_tokens / self.block_size)  # in one sequence
         self.num_blocks = max(self.batch, 1) * self._max_blocks if num_blocks is None else _size("num_blocks", num_blocks)
+        if eviction is not None:
+            raise ValueError(f"eviction must be None, for every token stays; got {eviction!r}")
         self.spec = spec
         self.backend = get_backend(backend, device)
         self.codec = get_codec(codec, spec.dtype)
@@ -167,7 +171,8 @@ class KVCache:
         dtype = "float64" if self.backend.dtype_name(q) == "float64" else "float32"
         scaled = self.backend.astype(q, dtype) * (1 / math.sqrt(width) if scale is None else float(scale))
         rows = scaled.reshape(batch, self.spec.num_kv_heads, -1, width)  # query heads of one KV head become its rows
-        outputs = attend_sequences(rows, self._storage, layer, list(tables.values()), tokens, dtype)
+        with self.backend.exact():
+            outputs = attend_sequences(rows, self._storage, layer, list(tables.values()), tokens, dtype)
         out = self.backend.xp.stack(outputs).reshape(batch, heads, tokens, self.spec.value_dim)
         return self.backend.astype(out, self.backend.dtype_name(q))
 

@@ -21,15 +21,12 @@ LAYERS = 2
 
 
 def fill(cache, k, v, chunks, layers=1):
-    """Append the tokens of k and v (B, Hkv, S, D) chunk by chunk, each chunk to every layer."""
+    """Append the tokens of k and v (B, Hkv, S, D) chunk by chunk; K and V change places in every other layer."""
     start = 0
     for size in chunks:
         for layer in range(layers):
-            cache.append(
-                k[:, :, start : start + size],
-                None if v is None else v[:, :, start : start + size],
-                layer=layer,
-            )
+            pair = [x[:, :, start : start + size] for x in (k, v)[:: -1 if layer % 2 else 1]]
+            cache.append(*pair, layer=layer)
         start += size
     return cache
 
@@ -54,8 +51,9 @@ def test_chunks_store_and_answer_what_one_append_does(setup, rng):
             assert bits(one) == bits(many)
         for tokens in (1, 5, 59):
             last = q_in[:, :, -tokens:]
+            stored = (v[0], k[0]) if layer % 2 else (k[0], v[0])
             for cache in (whole, pieces):
-                setup.check(cache, cache.attend(last, layer)[0], q[0, :, -tokens:], k[0], v[0])
+                setup.check(cache, cache.attend(last, layer)[0], q[0, :, -tokens:], *stored)
 
 
 def test_chunked_prefill_gives_every_position_its_own_answer(setup, rng):
@@ -174,6 +172,7 @@ CUTS = {
     "tiles-of-one-token": Cut(tile=1, strip=1, pieces=0),
     "threads": Cut(tile=33, strip=8, pieces=3),
     "more-threads-than-tiles": Cut(tile=300, strip=16, pieces=9),
+    "a-last-run-of-one-token": Cut(tile=53, strip=0, pieces=10),  # 531 = 5 * 106 + 1
 }
 
 
