@@ -148,7 +148,7 @@ class TorchBackend:
         return self.torch.empty(shape, dtype=self.dtype(dtype), device=self.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        # a tensor born in inference mode could only be written in inference mode, and a cache outlives its caller's mode
+        # a tensor born in inference mode can only be written in inference mode, and a cache outlives its caller's
         with self.torch.inference_mode(False):
             return self.torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 

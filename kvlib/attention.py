@@ -1,7 +1,7 @@
 """Attention as a fold over tiles.
 
-A tile is some keys and values, whatever stored them. Attending one tile gives a `Partial`; two partials `merge` into the
-partial of both tiles, in any order and any grouping. So the functions below are at once online softmax, flash
+A tile is some keys and values, whatever stored them. Attending one tile gives a `Partial`; two partials `merge` into
+the partial of both tiles, in any order and any grouping. So the functions below are at once online softmax, flash
 attention, chunked prefill and split-KV decoding: only who cuts the tiles differs.
 
 Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); FlashAttention, Dao et al. 2022
@@ -61,8 +61,8 @@ def merge(a: Partial, b: Partial) -> Partial:
 def attend_strips(q: Array, k: Array, v: Array, strip: int) -> Partial:
     """`attend_tile` for few rows and many keys, as a stack of products over ``strip`` keys each.
 
-    Same shapes and same answer as ``attend_tile(q, k, v)``. A small product runs on the thread that asks for it, where a
-    large one would wake BLAS's own threads: so several threads can each attend a tile of their own.
+    Same shapes and same answer as ``attend_tile(q, k, v)``. A small product runs on the thread that asks for it, where
+    a large one would wake BLAS's own threads: so several threads can each attend a tile of their own.
     """
     backend, xp = backend_of(q), backend_of(q).xp
     whole = k.shape[-2] // strip * strip

@@ -60,7 +60,8 @@ class BlockPool:
         """Drop one reference of each block; those that reach 0 are free again. Raises ValueError on a double free."""
         ids, counts = np.unique(self._in_use(ids, "release"), return_counts=True)
         if np.any(self.refs[ids] < counts):
-            raise ValueError(f"blocks {ids[self.refs[ids] < counts].tolist()} are released more often than they are held")
+            unheld = ids[self.refs[ids] < counts].tolist()
+            raise ValueError(f"blocks {unheld} are released more often than they are held")
         self.refs[ids] -= counts.astype(self.refs.dtype)
         freed = ids[self.refs[ids] == 0][::-1]
         self._free[self.num_free : self.num_free + len(freed)] = freed

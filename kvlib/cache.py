@@ -52,7 +52,8 @@ class KVCache:
         self.max_tokens = _size("max_tokens", max_tokens)
         self.block_size = self.max_tokens if block_size is None else _size("block_size", block_size)
         self._max_blocks = math.ceil(self.max_tokens / self.block_size)  # in one sequence
-        self.num_blocks = max(self.batch, 1) * self._max_blocks if num_blocks is None else _size("num_blocks", num_blocks)
+        enough = max(self.batch, 1) * self._max_blocks
+        self.num_blocks = enough if num_blocks is None else _size("num_blocks", num_blocks)
         if eviction is not None:
             raise ValueError(f"eviction must be None, for every token stays; got {eviction!r}")
         self.spec = spec
@@ -62,7 +63,8 @@ class KVCache:
         self.reset()
 
     def __repr__(self) -> str:
-        blocks = f"{self.num_blocks - self.num_free_blocks} of {self.num_blocks} blocks of {self.block_size} tokens in use"
+        in_use = self.num_blocks - self.num_free_blocks
+        blocks = f"{in_use} of {self.num_blocks} blocks of {self.block_size} tokens in use"
         where = self.backend.name if self.backend.device is None else f"{self.backend.name} on {self.backend.device}"
         return f"KVCache({self.spec}, {type(self.codec).__name__}, {where}; {len(self.lengths)} sequences, {blocks})"
 
@@ -97,7 +99,7 @@ class KVCache:
         return self._tables.open()
 
     def fork(self, seq: int) -> int:
-        """A new sequence with the same tokens. The two share every block; whoever writes into a shared one copies it."""
+        """A new sequence with the same tokens. The two share every block; who writes into a shared one copies it."""
         return self._tables.fork(seq)
 
     def truncate(self, seq: int, n: int) -> None:
@@ -209,9 +211,9 @@ class KVCache:
         """``x`` if it is a float array (batch, heads, T, width) of this backend; heads=None: a multiple of Hkv."""
         check_float(name, x, self.backend)
         groups = self.spec.num_kv_heads
-        if x.ndim == 4 and x.shape[0] == batch and x.shape[2] >= 1 and x.shape[3] == width:
-            if x.shape[1] == heads or (heads is None and x.shape[1] >= groups and x.shape[1] % groups == 0):
-                return self.backend.detach(x)
+        fits = x.ndim == 4 and x.shape[0] == batch and x.shape[2] >= 1 and x.shape[3] == width
+        if fits and (x.shape[1] == heads or (heads is None and x.shape[1] >= groups and x.shape[1] % groups == 0)):
+            return self.backend.detach(x)
         expected = f"({batch}, {heads or f'a multiple of {groups}'}, T >= 1, {width})"
         raise ValueError(f"{name} must have shape (sequences, heads, tokens, width) = {expected}, got {tuple(x.shape)}")
 

@@ -1,7 +1,7 @@
 """One look for every figure of the book.
 
-``plots.setup()`` at the top of a chapter: vector figures, one colour-blind-safe palette (Okabe & Ito 2008), K and V the same two
-colours everywhere, no boxes, labels on the lines rather than in legends.
+``plots.setup()`` at the top of a chapter: vector figures, one colour-blind-safe palette (Okabe & Ito 2008), K and V the
+same two colours everywhere, no boxes, labels on the lines rather than in legends.
 """
 
 import matplotlib as mpl

@@ -40,7 +40,7 @@ class BlockStorage:
     def write(
         self, layer: int, tables: SequenceOf[np.ndarray], starts: SequenceOf[int], encoded: tuple[dict, dict]
     ) -> None:
-        """Store encoded tokens: those of sequence b go to positions ``starts[b]`` … behind its block table ``tables[b]``."""
+        """Store encoded tokens: those of sequence b from position ``starts[b]`` on, behind its table ``tables[b]``."""
         for planes, fresh in zip((self.k, self.v), encoded, strict=True):
             for name, values in fresh.items():
                 plane = planes[name][layer]
@@ -53,7 +53,7 @@ class BlockStorage:
                         self._write_run(plane, table, start, tokens)
 
     def _write_run(self, plane: Array, table: np.ndarray, start: int, tokens: Array) -> None:
-        """tokens (Hkv, T, columns) into consecutive slots: the end of a block, whole blocks at once, the start of one."""
+        """tokens (Hkv, T, columns) into consecutive slots: the end of a block, whole blocks at once, a beginning."""
         size, stop = self.block_size, start + tokens.shape[1]
         whole = min(stop, math.ceil(start / size) * size)
         tail = max(whole, stop // size * size)

@@ -1,7 +1,8 @@
 """BlockTables: which blocks hold which sequence, and whose they are to write into."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 

@@ -1,8 +1,8 @@
 """Explorables: small interactive figures that need no kernel.
 
-Each is an anywidget whose data is computed by Python when the notebook runs, and whose JavaScript does the rest, in a notebook
-and in the built book alike. A new explorable is a subclass, a ``name.js`` beside this file that exports ``explore``, and
-nothing else; `common.js` gives it controls, SVG and the theme.
+Each is an anywidget whose data is computed by Python when the notebook runs, and whose JavaScript does the rest, in a
+notebook and in the built book alike. A new explorable is a subclass, a ``name.js`` beside this file that defines
+``explore``, and nothing else; `common.js` gives it controls, SVG and the theme.
 """
 
 from pathlib import Path

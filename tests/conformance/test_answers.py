@@ -336,6 +336,17 @@ def test_torch_modes(entry, built_in, used_in, rng):
     setup.check(cache, out[0], q[0], k[0], k[0])
 
 
+def test_autocast_does_not_reach_the_cache(entry, rng):
+    """Inside torch.autocast a float32 product would quietly be one of bfloat16 numbers."""
+    setup = Setup(entry, "torch", "float32")
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 30, 16) for heads in (2, 2, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = fill(setup.cache(), k_in, v_in, [30])
+        outs = {tokens: cache.attend(q_in[:, :, -tokens:]) for tokens in (1, 30)}
+    for tokens, out in outs.items():
+        setup.check(cache, out[0], q[0, :, -tokens:], k[0], v[0])
+
+
 def test_threads_of_the_caller(entry, rng):
     """Several caches attended at once, each from a thread of its own, do not get into each other's way."""
     setup = Setup(entry, "numpy", "float32")

@@ -134,8 +134,10 @@ for name, settings in kvlib.CATALOGUE.items():
         cache.append(k, k * 3)
         assert np.allclose(cache.attend(k), 3)
         assert cache.read(0)[0].shape == (2, 40, 8)
-wants = {"torch": ("float32", "needs torch"), "numpy": ("bfloat16", "needs the package ml_dtypes")}
-for backend, (dtype, message) in wants.items():
+for backend, dtype, message in (
+    ("torch", "float32", "needs torch"),
+    ("numpy", "bfloat16", "needs the package ml_dtypes"),
+):
     try:
         kvlib.KVCache(kvlib.CacheSpec(2, 8, dtype=dtype), backend=backend)
     except ImportError as error:
