@@ -251,3 +251,25 @@ def test_temperature_may_be_a_numpy_float():
     model = tiny_model()
     cold = list(kvlib.generate(model, [1, 2], 4, temperature=np.float32(0.5)))
     assert cold == list(kvlib.generate(model, [1, 2], 4, temperature=0.5))
+
+
+def test_a_masked_array_is_refused():
+    """Its mask was dropped in silence."""
+    filled = cache()
+    with pytest.raises(TypeError, match="k must be a numpy array, got a numpy MaskedArray"):
+        filled.append(np.ma.masked_array(STEP), STEP)
+    assert filled.lengths == {0: 0, 1: 0}
+
+
+def test_a_sparse_tensor_is_refused_before_a_block_is_taken():
+    filled = cache(backend="torch")
+    step = torch.from_numpy(STEP)
+    with pytest.raises(TypeError, match=r"torch.strided, got a torch Tensor on cpu, torch.sparse_coo"):
+        filled.append(step.to_sparse(), step)
+    assert filled.num_free_blocks == filled.num_blocks
+
+
+def test_eviction_is_none_or_an_error():
+    assert cache(eviction=None).lengths == {0: 0, 1: 0}
+    with pytest.raises(ValueError, match="eviction must be None, for every token stays; got 'h2o'"):
+        cache(eviction="h2o")
