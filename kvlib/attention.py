@@ -10,7 +10,7 @@ Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); FlashAtte
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kvlib.arrays import Array, backend_of
@@ -32,21 +32,61 @@ class Partial(NamedTuple):
         return self.o / self.l
 
 
-def attend_tile(q: Array, k: Array, v: Array, bias: Array | None = None) -> Partial:
+def attend_tile(q: Array, k: Array, v: Array, bias: Array | None = None, strip: int = 0) -> Partial:
     """Attend one tile: q (..., R, D), already scaled; k (..., S, D); v (..., S, Dv).
 
     ``bias`` is added to the scores and must broadcast to (..., T, S), where T divides R (rows repeat it): 0 where a key
     may be seen, -inf where not. A row that sees nothing gets m = -inf, l = 0, o = 0, which merges as nothing.
+    ``strip`` cuts the two products, see `score`.
     """
-    backend, xp = backend_of(q), backend_of(q).xp
-    scores = q @ k.mT
+    return attend_scores(score(q, k, strip), lambda weights: mix(weights, v, strip), bias)
+
+
+def attend_scores(scores: Array, mix_values: Callable[[Array], Array], bias: Array | None = None) -> Partial:
+    """What is left of a tile once its keys have become scores (..., R, S), which this overwrites.
+
+    ``mix_values`` turns weights (..., R, S) into weighted sums of the values (..., R, Dv). So keys and values need
+    never exist as rows: a codec that can score and mix what it stores is enough.
+    """
+    backend, xp = backend_of(scores), backend_of(scores).xp
     if bias is not None:
-        by_position = scores.reshape(*scores.shape[:-2], -1, *bias.shape[-2:])
-        by_position += bias
+        add_bias(scores, bias)
     m = xp.max(scores, axis=-1, keepdims=True)
     scores -= m if bias is None else _finite(m)
     weights = backend.exp_(scores)
-    return Partial(m, xp.sum(weights, axis=-1, keepdims=True), weights @ v)
+    return Partial(m, xp.sum(weights, axis=-1, keepdims=True), mix_values(weights))
+
+
+def add_bias(scores: Array, bias: Array) -> None:
+    """Add bias (..., T, S) to scores (..., R, S) in place: a row is a query head of a group and a position."""
+    by_position = scores.reshape(*scores.shape[:-2], -1, *bias.shape[-2:])
+    by_position += bias if bias.ndim == 2 else bias[..., None, :, :]
+
+
+def score(q: Array, k: Array, strip: int = 0) -> Array:
+    """q (..., R, D) k^T (..., S, D) -> (..., R, S).
+
+    With ``strip``, as a stack of products over ``strip`` keys each: a small product runs on the thread that asks for
+    it, where a large one would wake BLAS's own threads. So several threads can each attend a tile of their own.
+    """
+    whole = k.shape[-2] // strip * strip if strip else 0
+    if not whole:
+        return q @ k.mT
+    strips = q[..., None, :, :] @ _strips(k[..., :whole, :], strip).mT  # (..., strips, R, strip)
+    scores = strips.swapaxes(-3, -2).reshape(*strips.shape[:-3], q.shape[-2], whole)
+    if whole == k.shape[-2]:
+        return scores
+    return backend_of(q).xp.concat([scores, q @ k[..., whole:, :].mT], axis=-1)
+
+
+def mix(weights: Array, v: Array, strip: int = 0) -> Array:
+    """Weights (..., R, S) v (..., S, Dv) -> (..., R, Dv); ``strip`` as in `score`."""
+    whole = v.shape[-2] // strip * strip if strip else 0
+    if not whole:
+        return weights @ v
+    by_strip = weights[..., :whole].reshape(*weights.shape[:-1], -1, strip).swapaxes(-3, -2)
+    o = backend_of(v).xp.sum(by_strip @ _strips(v[..., :whole, :], strip), axis=-3)
+    return o if whole == v.shape[-2] else o + weights[..., whole:] @ v[..., whole:, :]
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -58,27 +98,24 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(m, a.l * keep_a + b.l * keep_b, a.o * keep_a + b.o * keep_b)
 
 
-def attend_strips(q: Array, k: Array, v: Array, strip: int) -> Partial:
-    """`attend_tile` for few rows and many keys, as a stack of products over ``strip`` keys each.
-
-    Same shapes and same answer as ``attend_tile(q, k, v)``. A small product runs on the thread that asks for it, where
-    a large one would wake BLAS's own threads: so several threads can each attend a tile of their own.
+def mass(scores: Array, whole: Partial) -> Array:
+    """The attention weights of a tile, (..., S), added up over rows: scores (..., R, S), which this overwrites, and the
+    partial of the same rows over all tiles.
     """
-    backend, xp = backend_of(q), backend_of(q).xp
-    whole = k.shape[-2] // strip * strip
-    if whole < k.shape[-2]:
-        rest = attend_tile(q, k[..., whole:, :], v[..., whole:, :])
-        return merge(attend_strips(q, k[..., :whole, :], v[..., :whole, :], strip), rest) if whole else rest
+    scores -= _finite(whole.m)
+    weights = backend_of(scores).exp_(scores)
+    return backend_of(scores).xp.sum(weights / whole.l, axis=-2)
 
-    def strips(x: Array) -> Array:
-        return x.reshape(*x.shape[:-2], -1, strip, x.shape[-1])
 
-    scores = q[..., None, :, :] @ strips(k).mT  # (..., strips, R, strip)
-    m = xp.max(scores, axis=(-3, -1), keepdims=True)
-    scores -= m
-    weights = backend.exp_(scores)
-    o = xp.sum(weights @ strips(v), axis=-3)
-    return Partial(m[..., 0, :, :], xp.sum(weights, axis=(-3, -1))[..., None], o)
+def with_sinks(whole: Partial, sinks: Array) -> Partial:
+    """Learned sinks (Hkv, group) join the softmax of rows (Hkv, group x positions) as one more key, of value zero.
+
+    Source: gpt-oss, OpenAI 2025 (arXiv:2508.10925).
+    """
+    xp = backend_of(whole.m).xp
+    by_head = whole.m.reshape(*sinks.shape, -1)
+    m = (xp.zeros_like(by_head) + sinks[..., None]).reshape(whole.m.shape)
+    return merge(whole, Partial(m, xp.ones_like(m), xp.zeros_like(whole.o)))
 
 
 def fold(partials: Iterable[Partial]) -> Partial:
@@ -94,23 +131,45 @@ def causal_bias(q_positions: Array, k_positions: Array, dtype: str) -> Array:
     return backend.xp.where(visible, zero, zero - math.inf)
 
 
-def dense(q: Array, k: Array, v: Array, scale: float | None = None, causal: bool = True) -> Array:
+def dense(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: Array | None = None,
+) -> Array:
     """The textbook formula, with the whole score matrix at once: what every cache is compared with.
 
     q (..., Hq, T, D), the last T positions; k (..., Hkv, S, D); v (..., Hkv, S, Dv); Hq a multiple of Hkv, T <= S.
-    Returns (..., Hq, T, Dv) in the dtype of q. ``scale`` defaults to 1 / sqrt(D).
+    Returns (..., Hq, T, Dv) in the dtype of q. ``scale`` defaults to 1 / sqrt(D). With ``window`` a query sees its own
+    position and the window - 1 before it. ``sinks`` (Hq,) are scores that join each softmax and give no value.
     """
     backend, xp = backend_of(q), backend_of(q).xp
     *lead, hq, t, d = q.shape
     hkv, s = k.shape[-3:-1]
     scale = 1 / math.sqrt(d) if scale is None else scale
     scores = (q * scale).reshape(*lead, hkv, hq // hkv, t, d) @ k[..., :, None, :, :].mT
+    positions = backend.asarray(xp.arange(s))
     if causal:
-        positions = backend.asarray(xp.arange(s))
         scores = scores + causal_bias(positions[s - t :], positions, backend.dtype_name(q))
-    weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
-    weights = weights / xp.sum(weights, axis=-1, keepdims=True)
+    if window is not None:
+        too_old = positions[None, :] <= positions[s - t :, None] - window
+        scores = xp.where(too_old, backend.zeros((), backend.dtype_name(q)) - math.inf, scores)
+    top = xp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.reshape(hkv, hq // hkv, 1, 1)
+        top = xp.maximum(top, sinks)
+    weights = xp.exp(scores - top)
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / (total if sinks is None else total + xp.exp(sinks - top))
     return (weights @ v[..., :, None, :, :]).reshape(*lead, hq, t, v.shape[-1])
+
+
+def _strips(x: Array, strip: int) -> Array:
+    """(..., S, D) -> (..., S / strip, strip, D)."""
+    return x.reshape(*x.shape[:-2], -1, strip, x.shape[-1])
 
 
 def _finite(m: Array) -> Array:

@@ -1,6 +1,6 @@
 """BlockPool: who holds which block. It knows ids and counts, and nothing of what the blocks contain."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -27,12 +27,16 @@ class BlockPool:
 
     The free ids lie in the first ``num_free`` slots of one array, used as a stack: taking and returning are O(1) and
     the pool never grows.
+
+    ``reclaim`` is the way of asking somebody who keeps blocks in case they are wanted again (a prefix index) to give
+    some back: it is called with the number of blocks that are missing, and releases at least that many, or none.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.refs = np.zeros(num_blocks, np.int32)
         self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # block 0 is handed out first
         self.num_free = num_blocks
+        self.reclaim: Callable[[int], object] | None = None
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         return self.refs, self._free
@@ -44,6 +48,8 @@ class BlockPool:
         """Take ``count`` free blocks, each with one reference. Raises CacheFull and takes none if there are too few."""
         if count < 0:
             raise ValueError(f"cannot allocate {count} blocks")
+        if count > self.num_free and self.reclaim is not None:
+            self.reclaim(count - self.num_free)
         if count > self.num_free:
             raise CacheFull(count, self.num_free, len(self))
         self.num_free -= count
@@ -53,12 +59,12 @@ class BlockPool:
 
     def share(self, ids: Iterable[int]) -> None:
         """Add one reference to each block. Raises ValueError, and changes nothing, if one of them is free."""
-        ids = self._in_use(ids, "share")
+        ids = self.in_use(ids, "share")
         np.add.at(self.refs, ids, 1)
 
     def release(self, ids: Iterable[int]) -> None:
         """Drop one reference of each block; those that reach 0 are free again. Raises ValueError on a double free."""
-        ids, counts = np.unique(self._in_use(ids, "release"), return_counts=True)
+        ids, counts = np.unique(self.in_use(ids, "release"), return_counts=True)
         if np.any(self.refs[ids] < counts):
             unheld = ids[self.refs[ids] < counts].tolist()
             raise ValueError(f"blocks {unheld} are released more often than they are held")
@@ -67,7 +73,8 @@ class BlockPool:
         self._free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
 
-    def _in_use(self, ids: Iterable[int], what: str) -> np.ndarray:
+    def in_use(self, ids: Iterable[int], what: str) -> np.ndarray:
+        """``ids`` as an array. Raises ValueError, which says that one cannot ``what`` them, if one of them is free."""
         ids = np.asarray(ids, np.int64).reshape(-1)
         if np.any((ids < 0) | (ids >= len(self))):
             raise ValueError(f"cannot {what} blocks {ids.tolist()}: ids run from 0 to {len(self) - 1}")

@@ -1,17 +1,25 @@
 """KVCache: the composition of block tables, storage and attention behind one small interface."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from kvlib.arrays import Array, check_float, get_backend
-from kvlib.codecs import Codec, get_codec
+from kvlib.arrays import Array, Backend, check_float, get_backend
+from kvlib.attention import with_sinks
+from kvlib.checks import check_shape, checked_policy, checked_size, whole_groups
+from kvlib.codecs import Codec, Split, get_codec
+from kvlib.eviction import Policy, Slots
+from kvlib.reading import read_tokens
+from kvlib.retention import observe
 from kvlib.spec import CacheSpec
 from kvlib.storage import BlockStorage
 from kvlib.tables import BlockTables, Table
-from kvlib.tiling import attend_sequences
+from kvlib.tail import Tail
+from kvlib.tiling import Sight, attend_sequences
+from kvlib.writing import append, truncate
 
 
 class KVCache:
@@ -20,11 +28,13 @@ class KVCache:
     Args:
         spec: shapes and dtype of what is stored.
         batch: sequences opened at once, with ids 0 … batch-1; 0 for none.
-        max_tokens: the longest a sequence may become.
-        block_size: tokens per block. None is one block as long as ``max_tokens``: the contiguous cache.
+        max_tokens: the most tokens that a sequence may hold. Where nothing is evicted, that is how long it may become.
+        block_size: tokens per block, a multiple of the tokens that the codec encodes together. None is one block as
+            long as ``max_tokens``: the contiguous cache.
         num_blocks: blocks in the pool. None is enough for ``batch`` (at least one) full sequences.
-        codec: how a token is stored: a name ("plain") or a codec object.
-        eviction: which tokens stay. None, all of them, is the only answer so far.
+        codec: how a token is stored: a name (plain, int8, int4, int2, fp8, mxfp4, nvfp4, kivi-4bit, kivi-2bit) or an
+            object of `kvlib.codecs`.
+        eviction: which tokens stay: a `kvlib.eviction.Policy`; None is all of them.
         backend: "numpy" or "torch"; device: "cpu" or "cuda" (torch only).
 
     Raises:
@@ -41,24 +51,23 @@ class KVCache:
         max_tokens: int = 4096,
         block_size: int | None = None,
         num_blocks: int | None = None,
-        codec: str | Codec = "plain",
-        eviction: None = None,
+        codec: str | Codec | Split = "plain",
+        eviction: Policy | None = None,
         backend: str = "numpy",
         device: str | None = None,
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise TypeError(f"spec must be a kvlib.CacheSpec, got {type(spec).__name__}")
-        self.batch = _size("batch", batch, least=0)
-        self.max_tokens = _size("max_tokens", max_tokens)
-        self.block_size = self.max_tokens if block_size is None else _size("block_size", block_size)
-        self._max_blocks = math.ceil(self.max_tokens / self.block_size)  # in one sequence
-        enough = max(self.batch, 1) * self._max_blocks
-        self.num_blocks = enough if num_blocks is None else _size("num_blocks", num_blocks)
-        if eviction is not None:
-            raise ValueError(f"eviction must be None, for every token stays; got {eviction!r}")
+        self.batch = checked_size("batch", batch, least=0)
+        self.max_tokens = checked_size("max_tokens", max_tokens)
         self.spec = spec
         self.backend = get_backend(backend, device)
         self.codec = get_codec(codec, spec.dtype)
+        self.eviction = checked_policy(eviction, self.codec)
+        self.block_size = whole_groups(block_size, self.max_tokens, self.codec)
+        self._max_blocks = math.ceil(self.max_tokens / self.block_size)  # in one sequence
+        enough = max(self.batch, 1) * self._max_blocks
+        self.num_blocks = enough if num_blocks is None else checked_size("num_blocks", num_blocks)
         self._storage = BlockStorage(spec, self.num_blocks, self.block_size, self.codec, self.backend)
         self.reset()
 
@@ -81,30 +90,47 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array the cache holds: planes, reference counts, free list, block tables, lengths."""
+        """Bytes of every array the cache holds: planes, reference counts, free list; of every open sequence the block
+        table, the lengths, the exact tail, and what eviction knows of its slots.
+        """
         return sum(array.nbytes for array in itertools.chain(self._storage.arrays(), self._tables.arrays()))
 
     @property
     def nbytes_used(self) -> int:
-        """Bytes of the blocks in use; a block that several sequences share counts once."""
+        """Bytes of the blocks in use, of which a shared one counts once, and of the open sequences' exact tails."""
         per_block = sum(array.nbytes for array in self._storage.arrays()) // self.num_blocks
-        return per_block * (self.num_blocks - self.num_free_blocks)
+        tails = [table.tail.arrays() for table in self._tables.open_tables.values() if table.tail]
+        blocks = per_block * (self.num_blocks - self.num_free_blocks)
+        return blocks + sum(array.nbytes for array in itertools.chain(*tails))
 
     def block_table(self, seq: int) -> list[int]:
-        """The ids of the blocks that hold ``seq``, in position order."""
+        """The ids of the blocks that hold ``seq``, in the order of its slots: of positions, if nothing is evicted."""
         return self._tables[seq].blocks.tolist()
 
-    def open(self) -> int:
-        """Start an empty sequence and return its id. It takes no block until something is appended."""
-        return self._tables.open()
+    def open(self, blocks: SequenceOf[int] = ()) -> int:
+        """Start a sequence and return its id. An empty one takes no block until something is appended.
+
+        ``blocks``: ids of full blocks in use, which become its first tokens in every layer, shared with whoever holds
+        them (`kvlib.prefix`). Raises ValueError if one is free, or if the cache evicts: its blocks have no fixed place.
+        """
+        if len(blocks) and self.eviction:
+            raise ValueError(f"a cache with {self.eviction} cannot start upon blocks: what they hold moves about")
+        return self._tables.open(blocks)
 
     def fork(self, seq: int) -> int:
         """A new sequence with the same tokens. The two share every block; who writes into a shared one copies it."""
         return self._tables.fork(seq)
 
     def truncate(self, seq: int, n: int) -> None:
-        """Forget all but the first ``n`` tokens, in every layer; blocks that become empty return to the pool."""
-        self._tables.truncate(seq, n)
+        """Forget all but the first ``n`` tokens, in every layer; blocks that become empty return to the pool.
+
+        What was evicted stays away. A token group that the cut goes through is decoded into the tail, with the error
+        that its codec left in it. Raises ValueError if such a group was evicted, or ``n`` is more than there are.
+        """
+        table = self._tables[seq]
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= table.length:
+            raise ValueError(f"sequence {seq} holds {table.length} tokens: cannot truncate it to {n!r}")
+        truncate(self._storage, self._tables, table, int(n))
 
     def close(self, seq: int) -> None:
         """Forget the sequence and return its blocks; its id is not used again until `reset`."""
@@ -112,7 +138,9 @@ class KVCache:
 
     def reset(self) -> None:
         """Back to the state after construction: every block free, ``batch`` empty sequences with ids 0 … batch-1."""
-        self._tables = BlockTables(self.num_blocks, self.block_size, self._max_blocks, self.spec.num_layers)
+        sizes = self.spec, self.codec, self.eviction, self._max_blocks, self.block_size
+        new_table = functools.partial(_new_table, *sizes, self.backend)  # without self, or no cache is freed at once
+        self._tables = BlockTables(self.num_blocks, self.block_size, new_table)
         for _ in range(self.batch):
             self.open()
 
@@ -126,38 +154,36 @@ class KVCache:
         The first layer to reach a position reserves its slot; the other layers write into it.
 
         Raises:
-            ValueError, TypeError, KeyError, IndexError: shape, dtype or backend, sequence id, layer.
+            ValueError, TypeError, KeyError, IndexError: shape, dtype or backend, sequence id, layer; a number that a
+            lossy codec cannot store.
             CacheFull: the pool has too few free blocks. In every case the cache is as it was before.
         """
         tables = self._resolve(layer, seqs)
         k = self._checked("k", k, len(tables), self.spec.num_kv_heads, self.spec.head_dim)
-        tokens = k.shape[2]
         if self.spec.latent is None:
             v = self._checked("v", v, len(tables), self.spec.num_kv_heads, self.spec.value_dim)
-            if v.shape[2] != tokens or v.dtype != k.dtype:
+            if v.shape[2] != k.shape[2] or v.dtype != k.dtype:
                 came = f"k is {tuple(k.shape)} {k.dtype}, v is {tuple(v.shape)} {v.dtype}"
                 raise ValueError(f"k and v must have the same number of tokens and the same dtype: {came}")
         elif v is not None:
             raise ValueError(f"this spec is latent: V is the first {self.spec.latent} columns of K; leave v out")
-        starts = [int(table.filled[layer]) for table in tables.values()]
-        for seq, start in zip(tables, starts, strict=True):
-            if start + tokens > self.max_tokens:
-                limit = f"{tokens} more would exceed max_tokens={self.max_tokens}"
-                raise ValueError(f"sequence {seq} holds {start} tokens: {limit}; build the cache with a larger one")
-
-        encoded = self._storage.encode(k, v)
-        self._tables.reserve(list(tables.values()), starts, tokens, self._storage.copy)
-        self._storage.write(layer, [table.ids for table in tables.values()], starts, encoded)
-        for table in tables.values():
-            table.filled[layer] += tokens
+        append(self._storage, self._tables, tables, layer, k, v, self.eviction, self.max_tokens)
 
     def attend(
-        self, q: Array, layer: int = 0, seqs: SequenceOf[int] | None = None, scale: float | None = None
+        self,
+        q: Array,
+        layer: int = 0,
+        seqs: SequenceOf[int] | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        sinks: Array | None = None,
     ) -> Array:
-        """Causal attention of the last T positions of each sequence over all of its tokens.
+        """Causal attention of the last T positions of each sequence over what is stored of its tokens.
 
         q (B, Hq, T, D), Hq a multiple of Hkv -> (B, Hq, T, Dv) in the dtype of q. ``scale`` defaults to 1 / sqrt(D).
-        Computed in float32, or float64 if q is. Each cached byte is read once.
+        ``window``: a query sees itself and the window - 1 positions before it. ``sinks`` (Hq,): a learned score for
+        each query head, which joins its softmax as one more key of value zero. Computed in float32, or float64 if q is.
+        Each cached byte is read once; once more if the eviction policy observes attention, which is then counted.
 
         Raises:
             ValueError, TypeError, KeyError, IndexError: shape, dtype or backend, more positions than the layer holds,
@@ -167,30 +193,36 @@ class KVCache:
         q = self._checked("q", q, len(tables), None, self.spec.head_dim)
         batch, heads, tokens, width = q.shape
         for seq, table in tables.items():
-            if tokens > table.filled[layer]:
-                held = f"layer {layer} of sequence {seq} holds {table.filled[layer]} tokens"
+            if tokens > table.held(layer):
+                held = f"layer {layer} of sequence {seq} holds {table.held(layer)} tokens"
                 raise ValueError(f"q asks for the last {tokens} positions, but {held}; append k and v first")
         dtype = "float64" if self.backend.dtype_name(q) == "float64" else "float32"
+        rules = () if window is None else ((checked_size("window", window), 0),)
+        rules += self.eviction.rules() if self.eviction else ()
+        sights = [Sight(int(table.seen[layer]), tokens, rules) for table in tables.values()]
+        if sinks is not None:
+            sinks = self._checked_sinks(sinks, heads, dtype)
         scaled = self.backend.astype(q, dtype) * (1 / math.sqrt(width) if scale is None else float(scale))
         rows = scaled.reshape(batch, self.spec.num_kv_heads, -1, width)  # query heads of one KV head become its rows
         with self.backend.exact():
-            outputs = attend_sequences(rows, self._storage, layer, list(tables.values()), tokens, dtype)
+            partials = attend_sequences(rows, self._storage, layer, list(tables.values()), sights, dtype)
+            if sinks is not None:
+                partials = [with_sinks(partial, sinks) for partial in partials]
+            if self.eviction and self.eviction.observe != 0:
+                for table, row, whole, sight in zip(tables.values(), rows, partials, sights, strict=True):
+                    observe(self._storage, table, layer, row, whole, sight, sinks, self.eviction)
+        outputs = [partial.normalise() for partial in partials]
         out = self.backend.xp.stack(outputs).reshape(batch, heads, tokens, self.spec.value_dim)
         return self.backend.astype(out, self.backend.dtype_name(q))
 
     def read(self, seq: int, layer: int = 0) -> tuple[Array, Array, np.ndarray]:
-        """What is stored, decoded: k (Hkv, S, D), v (Hkv, S, Dv) in the spec's dtype and positions (S,), in order.
+        """What the last position sees, decoded: k (Hkv, S, D), v (Hkv, S, Dv) in the spec's dtype and positions (S,).
 
-        Copies: writing into them does not change the cache.
+        In the order of positions. Where the heads keep different tokens, positions are (Hkv, S), and those heads that
+        keep fewer end in rows of zeros with position -1. Copies: writing into them does not change the cache.
         """
         (table,) = self._resolve(layer, [seq]).values()
-        length = int(table.filled[layer])
-        if length:
-            k, v = self._storage.read(layer, table.ids, 0, length, self.spec.dtype)
-        else:
-            widths = self.spec.head_dim, self.spec.value_dim
-            k, v = (self.backend.zeros((self.spec.num_kv_heads, 0, width), self.spec.dtype) for width in widths)
-        return self.backend.xp.asarray(k, copy=True), self.backend.xp.asarray(v, copy=True), np.arange(length)
+        return read_tokens(self._storage, table, layer, self.eviction)
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -210,15 +242,12 @@ class KVCache:
     def _checked(self, name: str, x: Array, batch: int, heads: int | None, width: int) -> Array:
         """``x`` if it is a float array (batch, heads, T, width) of this backend; heads=None: a multiple of Hkv."""
         check_float(name, x, self.backend)
-        groups = self.spec.num_kv_heads
-        fits = x.ndim == 4 and x.shape[0] == batch and x.shape[2] >= 1 and x.shape[3] == width
-        if fits and (x.shape[1] == heads or (heads is None and x.shape[1] >= groups and x.shape[1] % groups == 0)):
-            return self.backend.detach(x)
-        expected = f"({batch}, {heads or f'a multiple of {groups}'}, T >= 1, {width})"
-        raise ValueError(f"{name} must have shape (sequences, heads, tokens, width) = {expected}, got {tuple(x.shape)}")
+        check_shape(name, x, batch, heads, self.spec.num_kv_heads, width)
+        return self.backend.detach(x)
 
-
-def _size(name: str, value: int, least: int = 1) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
+    def _checked_sinks(self, sinks: Array, heads: int, dtype: str) -> Array:
+        """``sinks`` (Hq,) as (Hkv, group) in ``dtype``."""
+        check_float("sinks", sinks, self.backend)
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must have shape ({heads},), a number for each query head; got {tuple(sinks.shape)}")
+        return self.backend.astype(self.backend.detach(sinks), dtype).reshape(self.spec.num_kv_heads, -1)

@@ -12,6 +12,7 @@ from kvlib.arrays import Array, Backend
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EXACT = "e_score_correction_bias"  # stays float32 in a half-precision model: it decides between near ties
 FLOATS = ("F64", "F32", "F16", "BF16")
 NEEDS = f"a model directory holds config.json and {WEIGHTS} (or its shards beside {INDEX})"
 
@@ -29,9 +30,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    directory: Path, shapes: dict[str, tuple[int, ...]], backend: Backend, dtype: str
+    directory: Path, shapes: dict[str, tuple[int, ...]], backend: Backend, dtype: str, spare: tuple[str, ...] = ()
 ) -> dict[str, Array]:
     """The tensors named in ``shapes``, in ``dtype`` on ``backend``; all names and shapes are checked first.
+
+    ``spare``: beginnings of the names of tensors that may be there and are not wanted.
 
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
@@ -49,9 +52,10 @@ def read_tensors(
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
             handles |= dict.fromkeys(handle.keys(), handle)
-        _drop_redundant(handles, shapes)
+        _drop_redundant(handles, shapes, spare)
         _check(directory, shapes, {name: handle.get_slice(name) for name, handle in handles.items()}, backend)
-        return {name: backend.astype(handles[name].get_tensor(name), dtype) for name in shapes}
+        dtypes = {name: "float32" if name.endswith(EXACT) else dtype for name in shapes}
+        return {name: backend.astype(handles[name].get_tensor(name), dtypes[name]) for name in shapes}
 
 
 def write(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
@@ -102,9 +106,9 @@ def _weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"no weights in {directory}: {NEEDS}")
 
 
-def _drop_redundant(handles: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Forget what some checkpoints carry for nothing: RoPE tables, a copy of the tied output embedding."""
-    for name in [name for name in handles if name.endswith("rotary_emb.inv_freq")]:
+def _drop_redundant(handles: dict[str, Any], shapes: dict[str, tuple[int, ...]], spare: tuple[str, ...]) -> None:
+    """Forget what some checkpoints carry for nothing: RoPE tables, a copy of the tied output embedding, spares."""
+    for name in [name for name in handles if name.endswith("rotary_emb.inv_freq") or name.startswith(spare)]:
         del handles[name]
     tied, source = "lm_head.weight", "model.embed_tokens.weight"
     if tied in handles and tied not in shapes and source in handles:

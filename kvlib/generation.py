@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvlib.cache import KVCache
+from kvlib.groups import GroupedCache
 from kvlib.model import Transformer
 
 TINYLM = Path(__file__).parent / "data" / "tinylm"
@@ -33,7 +34,7 @@ def generate(
     model: Transformer,
     prompt: Prompt,
     max_new_tokens: int,
-    cache: KVCache | bool | None = None,
+    cache: KVCache | GroupedCache | bool | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
@@ -45,8 +46,8 @@ def generate(
         prompt: token ids; or, for a model whose tokens are bytes (vocab_size 256), text or bytes. What you
             give you get: ids for ids, bytes for bytes, and for text pieces of text, never half a character.
         max_new_tokens: the most tokens to generate.
-        cache: None builds a contiguous cache that fits exactly. A cache with one open sequence is continued:
-            the prompt goes behind what it holds, and at the end it holds all but the last token generated.
+        cache: None builds a contiguous cache that fits, with `Transformer.new_cache`. A cache with one open sequence
+            is continued: the prompt goes behind what it holds, and at the end it holds all but the last token generated.
             False uses no cache: every step computes the whole sequence again.
         temperature: 0 takes the most likely token; above, logits are divided by it and a token is drawn.
         top_k: draw among the ``top_k`` most likely tokens only.
@@ -90,10 +91,12 @@ def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.ra
     return int(rng.choice(order, p=weights / weights.sum()))
 
 
-def _decode(model: Transformer, ids: list[int], choose: Callable, cache: KVCache, seq: int) -> Iterator[int]:
+def _decode(model: Transformer, ids: list[int], choose: Callable, cache: Any, seq: int) -> Iterator[int]:
     """The loop that remembers: after the prompt, each step computes one token."""
+    step = int(min(getattr(cache, "max_step", math.inf), len(ids)))  # a cache with windows takes so many at once
     while True:
-        logits = model([ids], cache, seqs=[seq], last_only=True)
+        for start in range(0, len(ids), step):
+            logits = model([ids[start : start + step]], cache, seqs=[seq], last_only=True)
         ids = [choose(model.backend.to_numpy(logits)[0, -1])]
         yield ids[0]
 
@@ -142,11 +145,10 @@ def _encode(model: Transformer, name: str, text: Any) -> list[int]:
     return ids.tolist()
 
 
-def _checked_cache(model: Transformer, cache: Any, prompt: int, new: int) -> tuple[KVCache, int]:
+def _checked_cache(model: Transformer, cache: Any, prompt: int, new: int) -> tuple[KVCache | GroupedCache, int]:
     """The cache to write into and its one sequence."""
     if cache is None:
-        device = None if model.backend.device is None else str(model.backend.device)
-        return KVCache(model.spec, 1, prompt + new, backend=model.backend.name, device=device), 0
+        return model.new_cache(1, prompt + new), 0
     if not hasattr(cache, "lengths"):
         raise TypeError(
             f"cache must be a KVCache, None for a new one or False for none, got {type(cache).__name__}"

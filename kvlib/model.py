@@ -1,7 +1,7 @@
-"""A Llama-family decoder on either backend: norm, attention, norm, feed-forward, and again.
+"""A decoder on either backend: norm, attention, norm, feed-forward, and again.
 
-Reads and writes Hugging Face directories of Llama, Mistral, Qwen2 and Qwen3. Inference only. Activations are
-(B, T, hidden_size).
+Reads and writes Hugging Face directories of the architectures in `kvlib.families`. Inference only. Activations are
+(B, T, hidden_size). What differs from one architecture to the next is in `kvlib.heads` and `kvlib.feedforward`.
 """
 
 import operator
@@ -13,13 +13,14 @@ import numpy as np
 
 from kvlib import checkpoint
 from kvlib.arrays import Array, Backend, backend_of, get_backend
-from kvlib.attention import dense
 from kvlib.cache import KVCache
 from kvlib.config import ModelConfig
-from kvlib.rope import cos_sin, frequencies, rotate
+from kvlib.feedforward import feed_forward
+from kvlib.groups import GroupedCache
+from kvlib.heads import Angles, Forgetful, Recall, grouped_heads, latent_heads
+from kvlib.ops import Weights, linear, rms_norm
+from kvlib.rope import cos_sin, frequencies
 from kvlib.spec import CacheSpec
-
-Weights = dict[str, Array]
 
 
 class Transformer:
@@ -34,8 +35,11 @@ class Transformer:
         self._layers = [_below(weights, f"model.layers.{i}.") for i in range(config.num_layers)]
         self._embedding = weights["model.embed_tokens.weight"]
         self._output = weights.get("lm_head.weight", self._embedding)  # absent when the two are tied
-        turn, self._rope_scale = frequencies(config.rope, config.head_dim)
-        self._turn = backend.asarray(turn)
+        self._attention = latent_heads if config.latent else grouped_heads
+        turned = config.latent.qk_rope_head_dim if config.latent else config.head_dim
+        self._rope, self._local_rope = (
+            frequencies(rope, turned) for rope in (config.rope, config.local_rope or config.rope)
+        )
 
     @classmethod
     def from_pretrained(
@@ -56,8 +60,11 @@ class Transformer:
         if dtype not in allowed:
             raise ValueError(f"dtype must be {' or '.join(allowed)} on the {kind.name} backend, got {dtype!r}")
         directory = Path(path)
-        config = ModelConfig.from_dict(checkpoint.read_config(directory))
-        weights = checkpoint.read_tensors(directory, config.tensor_shapes(), kind, dtype)
+        settings = checkpoint.read_config(directory)
+        config = ModelConfig.from_dict(settings)
+        drafting = range(config.num_layers, config.num_layers + (settings.get("num_nextn_predict_layers") or 0))
+        spare = tuple(f"model.layers.{layer}." for layer in drafting)  # DeepSeek-V3 comes with layers that guess ahead
+        weights = checkpoint.read_tensors(directory, config.tensor_shapes(), kind, dtype, spare)
         return cls(config, weights, kind, dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -68,8 +75,21 @@ class Transformer:
     @property
     def spec(self) -> CacheSpec:
         """The CacheSpec that this model's cache needs."""
-        config = self.config
-        return CacheSpec(config.num_kv_heads, config.head_dim, config.num_layers, self.dtype)
+        return self.config.cache_spec(self.dtype)
+
+    def new_cache(
+        self, batch: int = 1, max_tokens: int = 4096, chunk: int = 512, **settings: Any
+    ) -> KVCache | GroupedCache:
+        """A cache on this model's backend whose layers keep what they can see, and no more.
+
+        ``chunk``: where layers have a sliding window, the most tokens of one call; elsewhere it does not matter.
+        ``settings``: ``block_size``, ``num_blocks``, ``codec`` of `KVCache`. `KVCache` (`spec`) gives the same answers,
+        and keeps everything in every layer.
+        """
+        settings |= {"backend": self.backend.name, "device": self.backend.device and str(self.backend.device)}
+        if self.config.sliding_window is None:
+            return KVCache(self.spec, batch, max_tokens, **settings)
+        return GroupedCache.for_windows(self.spec, self.config.windows, batch, max_tokens, chunk, **settings)
 
     @property
     def num_parameters(self) -> int:
@@ -86,7 +106,7 @@ class Transformer:
     def __call__(
         self,
         tokens: Array | Sequence[Sequence[int]],
-        cache: KVCache | None = None,
+        cache: KVCache | GroupedCache | None = None,
         seqs: Sequence[int] | None = None,
         last_only: bool = False,
     ) -> Array:
@@ -94,8 +114,8 @@ class Transformer:
 
         Args:
             tokens: (B, T) integers, the next T tokens of B sequences: an array, a tensor or nested lists.
-            cache: a KVCache for `spec`, or anything with its ``append``, ``attend`` and ``lengths``.
-                Positions go on from ``cache.lengths``, which may differ between sequences. None: from 0.
+            cache: from `new_cache`, a KVCache for `spec`, or anything with its ``append``, ``attend`` and
+                ``lengths``. Positions go on from ``cache.lengths``, which may differ between sequences. None: from 0.
             seqs: the B sequences of the cache to continue; None means all open ones.
             last_only: compute the logits of the last position only, which is all that generation needs.
 
@@ -109,12 +129,12 @@ class Transformer:
         ids = self._checked_tokens(tokens)
         seqs, starts = self._checked_sequences(ids, cache, seqs)
         positions = starts[:, None] + np.arange(ids.shape[1])
-        self._check_window(positions)
-        cos, sin = cos_sin(positions, self._turn, self._rope_scale, self.backend)
 
         x = self._embedding[self.backend.asarray(ids)]
+        if self.config.scaled_embedding:  # by a number that is rounded as the weights are
+            x = x * self.backend.astype(self.backend.asarray(np.sqrt(x.shape[-1])), self.dtype)
         try:
-            x = self._run_layers(x, cos, sin, cache, seqs)
+            x = self._run_layers(x, positions, cache, seqs)
         except BaseException:  # interrupted between two layers, the cache would hold a step that some lack
             if hasattr(cache, "truncate"):
                 for seq, start in zip(seqs, starts.tolist(), strict=True):
@@ -122,29 +142,33 @@ class Transformer:
             raise
         if last_only:
             x = x[:, -1:]
-        x = rms_norm(x, self._weights["model.norm.weight"], self.config.rms_norm_eps)
+        x = self._norm(x, self._weights["model.norm.weight"])
         return self.backend.astype(linear(x, {"output.weight": self._output}, "output"), "float32")
 
-    def _run_layers(self, x: Array, cos: Array, sin: Array, cache: KVCache | None, seqs: list[int] | None) -> Array:
-        eps = self.config.rms_norm_eps
-        for layer, w in enumerate(self._layers):
-            q, k, v = self._project(rms_norm(x, w["input_layernorm.weight"], eps), w, cos, sin)
-            if cache is None:
-                heads = _dense_float32(q, k, v)
-            else:
-                cache.append(k, v, layer=layer, seqs=seqs)
-                heads = cache.attend(q, layer=layer, seqs=seqs)
-            x = x + linear(_join_heads(heads), w, "self_attn.o_proj")
-            x = x + swiglu(rms_norm(x, w["post_attention_layernorm.weight"], eps), w)
+    def _run_layers(self, x: Array, positions: np.ndarray, cache: KVCache | None, seqs: list[int] | None) -> Array:
+        angles, local_angles = (self._angles(positions, rope) for rope in (self._rope, self._local_rope))
+        cache = Forgetful(self.spec.latent) if cache is None else cache
+        for layer, window in enumerate(self.config.windows):
+            recall = Recall(cache, layer, seqs, window)
+            x = self._layer(x, layer, angles if window is None else local_angles, recall)
         return x
 
-    def _project(self, x: Array, w: Weights, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """x (B, T, d) -> q (B, Hq, T, D), k and v (B, Hkv, T, D); q and k normalised (Qwen3) and rotated."""
-        q, k, v = (_split_heads(linear(x, w, f"self_attn.{n}_proj"), self.config.head_dim) for n in "qkv")
-        if self.config.qk_norm:
-            q = rms_norm(q, w["self_attn.q_norm.weight"], self.config.rms_norm_eps)
-            k = rms_norm(k, w["self_attn.k_norm.weight"], self.config.rms_norm_eps)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+    def _layer(self, x: Array, layer: int, angles: Angles, recall: Recall) -> Array:
+        """x plus attention, plus feed-forward: each behind a norm, or between two (Gemma 3)."""
+        w, config = self._layers[layer], self.config
+        sandwich = config.sandwich_norms
+        y = self._attention(self._norm(x, w["input_layernorm.weight"]), w, config, angles, recall)
+        x = x + (self._norm(y, w["post_attention_layernorm.weight"]) if sandwich else y)
+        before = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"  # the same place, two names
+        y = feed_forward(self._norm(x, w[f"{before}.weight"]), w, config, layer)
+        return x + (self._norm(y, w["post_feedforward_layernorm.weight"]) if sandwich else y)
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        return rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_offset)
+
+    def _angles(self, positions: np.ndarray, rope: tuple[np.ndarray, float]) -> Angles:
+        turn, scale = rope
+        return cos_sin(positions, self.backend.asarray(turn), scale, self.backend)
 
     def _checked_tokens(self, tokens: Any) -> np.ndarray:
         ids = backend_of(tokens).to_numpy(tokens) if hasattr(tokens, "detach") else tokens
@@ -184,62 +208,6 @@ class Transformer:
                 f"tokens has {len(ids)} rows for {len(seqs)} sequences of the cache ({seqs}); one row each"
             )
         return seqs, np.array([lengths[seq] for seq in seqs], np.int64)
-
-    def _check_window(self, positions: np.ndarray) -> None:
-        window = self.config.sliding_window
-        if window is not None and positions.max() >= window:
-            raise ValueError(
-                f"position {positions.max()} is past this model's sliding_window={window}, not supported yet"
-            )
-
-
-# -- the parts of a layer --------------------------------------------------------------------------------
-
-
-def linear(x: Array, w: Weights, name: str) -> Array:
-    """x (..., inputs) -> x W^T + b (..., outputs). W is stored as (outputs, inputs); b may be absent."""
-    rows = x.reshape(-1, x.shape[-1]) @ w[f"{name}.weight"].mT  # one matrix product, whatever the batch
-    if f"{name}.bias" in w:
-        rows = rows + w[f"{name}.bias"]
-    return rows.reshape(*x.shape[:-1], -1)
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x over its root mean square, times ``weight`` (RMSNorm, Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    backend = backend_of(x)
-    wide = backend.astype(x, "float32")
-    mean_square = backend.xp.mean(wide * wide, axis=-1, keepdims=True)
-    return weight * backend.astype(wide / backend.xp.sqrt(mean_square + eps), backend.dtype_name(x))
-
-
-def swiglu(x: Array, w: Weights) -> Array:
-    """down(silu(gate(x)) * up(x)): the feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
-    return linear(silu(linear(x, w, "mlp.gate_proj")) * linear(x, w, "mlp.up_proj"), w, "mlp.down_proj")
-
-
-def silu(x: Array) -> Array:
-    """x * sigmoid(x) = x / (1 + e^-x), in the dtype of x."""
-    backend = backend_of(x)
-    wide = backend.astype(x, "float32")
-    growth = backend.xp.exp(backend.xp.clip(-wide, None, 80.0))  # e^80 fits float32; beyond, silu is under 1e-32
-    return backend.astype(wide / (1 + growth), backend.dtype_name(x))
-
-
-def _dense_float32(q: Array, k: Array, v: Array) -> Array:
-    backend = backend_of(q)
-    out = dense(*(backend.astype(x, "float32") for x in (q, k, v)))
-    return backend.astype(out, backend.dtype_name(q))
-
-
-def _split_heads(x: Array, head_dim: int) -> Array:
-    """(B, T, H * D) -> (B, H, T, D)."""
-    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
-
-
-def _join_heads(x: Array) -> Array:
-    """(B, H, T, D) -> (B, T, H * D)."""
-    batch, heads, tokens, width = x.shape
-    return x.swapaxes(1, 2).reshape(batch, tokens, heads * width)
 
 
 def _below(weights: Weights, prefix: str) -> Weights:

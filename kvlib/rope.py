@@ -1,7 +1,8 @@
 """Rotary position embedding: each pair of a head's columns turns by an angle that grows with the position.
 
-Column i pairs with column i + D/2 (Hugging Face's "half split"), and pair i turns by ``theta ** (-2 i / D)``
-radians per token. Scaling slows the slow pairs down: a model then reaches past the context it was trained on.
+Column i pairs with column i + D/2 (Hugging Face's "half split"), or 2i with 2i + 1 ("interleaved": DeepSeek), and
+pair i turns by ``theta ** (-2 i / D)`` radians per token. Scaling slows the slow pairs down: a model then reaches past
+the context it was trained on.
 
 Sources: RoPE, Su et al. 2021 (arXiv:2104.09864); position interpolation ("linear"), Chen et al. 2023
 (arXiv:2306.15595); YaRN, Peng et al. 2023 (arXiv:2309.00071); "llama3", the Llama 3.1 reference code.
@@ -68,6 +69,28 @@ def read_rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": float(theta), **given}
 
 
+def read_ropes(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rope parameters of full layers and of layers with a window, where a model has two rotations (Gemma 3).
+
+    Reads both spellings: ``rope_parameters`` by kind of layer, and ``rope_local_base_freq`` beside those of full
+    layers; scaling is for full layers alone. Raises ValueError as `read_rope`.
+    """
+    by_kind = config.get("rope_parameters") or {}
+    full = {**config, "rope_parameters": by_kind.get("full_attention", {})}
+    local = {
+        "rope_parameters": by_kind.get("sliding_attention", {}),
+        "rope_theta": config["rope_local_base_freq"],
+        "max_position_embeddings": config.get("max_position_embeddings"),
+    }
+    if unknown := by_kind.keys() - {"full_attention", "sliding_attention"}:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"rope_parameters has {names}; expected full_attention, sliding_attention")
+    ropes = read_rope(full), read_rope(local)
+    if ropes[1]["rope_type"] != "default":
+        raise ValueError(f"layers with a window have rope_type 'default' alone, got {ropes[1]['rope_type']!r}")
+    return ropes
+
+
 def frequencies(rope: dict[str, Any], head_dim: int) -> tuple[np.ndarray, float]:
     """Radians per token of each pair, (head_dim / 2,) float32, and the factor of cos and sin (for YaRN)."""
     # rounded to float32 where transformers rounds: at position 100,000 the rounding is part of the model
@@ -105,13 +128,16 @@ def _yarn(turn: np.ndarray, rope: dict[str, Any], head_dim: int) -> tuple[np.nda
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - first) / max(last - first, 0.001)
     slow = np.clip(ramp, 0, 1)
 
-    def temperature(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    scale = temperature(1.0)
+    scale = temperature(rope)
     if "mscale" in rope and "mscale_all_dim" in rope:
-        scale = temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+        scale = temperature(rope, "mscale") / temperature(rope, "mscale_all_dim")
     return turn / factor * slow + turn * (1 - slow), rope.get("attention_factor", scale)
+
+
+def temperature(rope: dict[str, Any], weight: str | None = None) -> float:
+    """YaRN's factor for queries and keys, 0.1 w ln(factor) + 1, where w is rope[weight]; 1 where there is none."""
+    w = 1.0 if weight is None else rope.get(weight, 0.0)
+    return 0.1 * w * math.log(rope["factor"]) + 1.0 if rope.get("factor", 1.0) > 1 else 1.0
 
 
 def cos_sin(positions: np.ndarray, turn: Array, scale: float, backend: Backend) -> tuple[Array, Array]:
@@ -121,10 +147,14 @@ def cos_sin(positions: np.ndarray, turn: Array, scale: float, backend: Backend) 
     return backend.xp.cos(angles) * scale, backend.xp.sin(angles) * scale
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn every pair of x (B, H, T, D) by its angle; computed in float32, returned in the dtype of x."""
+def rotate(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
+    """Turn every pair of x (B, H, T, D) by its angle; computed in float32, returned in the dtype of x.
+
+    Interleaved pairs come out half split: q and k are turned alike, and their product does not see the order.
+    """
     backend = backend_of(x)
     half = x.shape[-1] // 2
-    first, second = (backend.astype(part, "float32") for part in (x[..., :half], x[..., half:]))
+    parts = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    first, second = (backend.astype(part, "float32") for part in parts)
     turned = backend.xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return backend.astype(turned, backend.dtype_name(x))

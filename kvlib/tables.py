@@ -6,18 +6,26 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from kvlib.arrays import Array
 from kvlib.blocks import BlockPool
+from kvlib.eviction import Slots
+from kvlib.tail import Tail
 
 
 class Table:
-    """One sequence: its blocks in position order, and how many tokens each layer has stored in them."""
+    """One sequence: its blocks in slot order, and how many tokens each layer has seen and still has.
 
-    __slots__ = ("filled", "ids", "num_blocks")
+    ``seen`` counts all tokens, ``stored`` the slots that are taken in the blocks, ``waiting`` the tokens in the tail.
+    Nothing evicted: seen = stored + waiting, and slot s holds position s.
+    """
 
-    def __init__(self, max_blocks: int, num_layers: int) -> None:
+    __slots__ = ("ids", "num_blocks", "seen", "slots", "stored", "tail", "waiting")
+
+    def __init__(self, max_blocks: int, num_layers: int, tail: Tail | None = None, slots: Slots | None = None) -> None:
         self.ids = np.full(max_blocks, -1, np.int32)  # the first num_blocks entries are in use
-        self.filled = np.zeros(num_layers, np.int64)
         self.num_blocks = 0
+        self.seen, self.stored, self.waiting = (np.zeros(num_layers, np.int64) for _ in range(3))
+        self.tail, self.slots = tail, slots
 
     @property
     def blocks(self) -> np.ndarray:
@@ -27,15 +35,34 @@ class Table:
     @property
     def length(self) -> int:
         """Tokens seen: those of the layer that is furthest."""
-        return int(self.filled.max())
+        return int(self.seen.max())
+
+    def held(self, layer: int) -> int:
+        """Tokens that ``layer`` has, in blocks and in the tail; holes count."""
+        return int(self.stored[layer] + self.waiting[layer])
+
+    def arrays(self) -> Iterator[Array]:
+        yield from (self.ids, self.seen, self.stored, self.waiting)
+        for part in (self.tail, self.slots):
+            if part is not None:
+                yield from part.arrays()
+
+    def copy(self) -> "Table":
+        twin = Table(len(self.ids), len(self.seen))
+        twin.num_blocks = self.num_blocks
+        for mine, its in zip((self.ids, self.seen, self.stored, self.waiting), twin.arrays(), strict=True):
+            its[:] = mine
+        twin.tail = self.tail and self.tail.copy()
+        twin.slots = self.slots and self.slots.copy()
+        return twin
 
 
 class BlockTables:
     """The open sequences of a cache over one `BlockPool`. Ids of sequences are not used twice."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_blocks: int, num_layers: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, new_table: Callable[[], Table]) -> None:
         self.pool = BlockPool(num_blocks)
-        self.block_size, self.max_blocks, self.num_layers = block_size, max_blocks, num_layers
+        self.block_size, self.new_table = block_size, new_table
         self.open_tables: dict[int, Table] = {}
         self._next_id = 0
 
@@ -45,51 +72,58 @@ class BlockTables:
             return self.open_tables[seq]
         raise KeyError(f"sequence {seq!r} is not open; open sequences: {list(self.open_tables)}")
 
-    def arrays(self) -> Iterator[np.ndarray]:
+    def arrays(self) -> Iterator[Array]:
         yield from self.pool.arrays()
         for table in self.open_tables.values():
-            yield table.ids
-            yield table.filled
+            yield from table.arrays()
 
-    def open(self) -> int:
-        seq, self._next_id = self._next_id, self._next_id + 1
-        self.open_tables[seq] = Table(self.max_blocks, self.num_layers)
-        return seq
+    def open(self, blocks: SequenceOf[int] = ()) -> int:
+        """An empty sequence; or one upon ``blocks``, all full, each of which now has one holder more."""
+        table = self.new_table()
+        if len(blocks):
+            if len(blocks) > len(table.ids):
+                raise ValueError(f"a sequence has at most {len(table.ids)} blocks, got {len(blocks)} to start with")
+            self.pool.share(blocks)
+            table.ids[: len(blocks)], table.num_blocks = blocks, len(blocks)
+            table.seen[:] = table.stored[:] = len(blocks) * self.block_size
+        return self._add(table)
 
     def fork(self, seq: int) -> int:
         """A sequence with the same blocks, each of which now has one holder more."""
-        parent = self[seq]
-        self.pool.share(parent.blocks)
-        twin = self.open()
-        child = self.open_tables[twin]
-        child.ids[:], child.filled[:], child.num_blocks = parent.ids, parent.filled, parent.num_blocks
-        return twin
+        self.pool.share(self[seq].blocks)
+        return self._add(self[seq].copy())
 
-    def truncate(self, seq: int, n: int) -> None:
-        table = self[seq]
-        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= table.length:
-            raise ValueError(f"sequence {seq} holds {table.length} tokens: cannot truncate it to {n!r}")
-        keep = math.ceil(n / self.block_size)
+    def _add(self, table: Table) -> int:
+        seq, self._next_id = self._next_id, self._next_id + 1
+        self.open_tables[seq] = table
+        return seq
+
+    def trim(self, table: Table) -> None:
+        """Return the blocks behind the last slot that a layer has taken, or needs for its tail."""
+        keep = math.ceil(int((table.stored + table.waiting).max()) / self.block_size)
         self.pool.release(table.ids[keep : table.num_blocks])
         table.ids[keep : table.num_blocks] = -1
         table.num_blocks = min(keep, table.num_blocks)
-        np.minimum(table.filled, n, out=table.filled)
 
     def close(self, seq: int) -> None:
         self.pool.release(self[seq].blocks)
         del self.open_tables[seq]
 
     def reserve(
-        self, tables: SequenceOf[Table], starts: SequenceOf[int], tokens: int, copy_block: Callable[[int, int], None]
+        self,
+        tables: SequenceOf[Table],
+        starts: SequenceOf[int],
+        stops: SequenceOf[int],
+        copy_block: Callable[[int, int], None],
     ) -> None:
-        """Make positions start … start + tokens - 1 of every table its own to write: the one place blocks are taken.
+        """Make slots start … stop - 1 of every table its own to write: the one place where blocks are taken.
 
         A missing block is allocated; a block that somebody else holds too is replaced by a copy (copy-on-write), made
         by ``copy_block(source, target)``. Raises CacheFull, and changes nothing, if the pool cannot give them all.
         """
         copies, leaving, grow = [], {}, []
-        for table, start in zip(tables, starts, strict=True):
-            end = math.ceil((start + tokens) / self.block_size)
+        for table, start, stop in zip(tables, starts, stops, strict=True):
+            end = math.ceil(stop / self.block_size)
             for index in range(start // self.block_size, min(end, table.num_blocks)):
                 block = int(table.ids[index])
                 if self.pool.refs[block] - leaving.get(block, 0) > 1:  # the last of its holders may keep it

@@ -1,18 +1,55 @@
 """Who cuts the tiles: attention over stored sequences, tile by tile, on as many threads as help."""
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from kvlib.arrays import Array, num_threads
-from kvlib.attention import Partial, attend_strips, attend_tile, causal_bias, fold
+from kvlib.attention import Partial, add_bias, attend_scores, fold, mass, mix, score
 from kvlib.storage import BlockStorage
 from kvlib.tables import Table
 
 TILE_SCORES = 1 << 17  # scores of one tile over all heads and rows: they stay in a core's second-level cache
-TILE_BYTES = 1 << 21  # bytes of K gathered for one tile: likewise
+TILE_BYTES = 1 << 21  # bytes of K gathered or decoded for one tile: likewise
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the last ``tokens`` positions of a sequence of ``length`` see: themselves, what came before, by the rules.
+
+    ``rules`` are (window, sinks) pairs, as in `Policy.rules`; a position is seen if each of them lets it.
+    """
+
+    length: int
+    tokens: int
+    rules: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The position of the first query."""
+        return self.length - self.tokens
+
+    def start(self) -> int:
+        """The first position that any query sees, where no rule lets sinks through."""
+        return max([0, *(self.first - window + 1 for window, sinks in self.rules if not sinks)])
+
+    def all_of(self, lo: int, hi: int) -> bool:
+        """Whether every query sees all positions lo … hi-1."""
+        near = all(self.length - window <= lo or hi <= sinks for window, sinks in self.rules)
+        return hi - 1 <= self.first and near
+
+    def visible(self, positions: np.ndarray) -> np.ndarray:
+        """positions (..., S) -> (..., T, S): whether query t sees what has this position; -1 is seen by none."""
+        queries = np.arange(self.first, self.length)[:, None]
+        keys = positions[..., None, :]
+        seen = (keys >= 0) & (keys <= queries)
+        for window, sinks in self.rules:
+            seen &= (queries - keys < window) | (keys < sinks)
+        return seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,61 +61,150 @@ class Cut:
     pieces: int  # runs of tiles that go to different threads
 
     @classmethod
-    def plan(cls, storage: BlockStorage, sequences: int, rows: int) -> "Cut":
+    def plan(cls, storage: BlockStorage, sequences: int, rows: int, dtype: str) -> "Cut":
         heads, width = storage.spec.num_kv_heads, storage.spec.head_dim
         tile = max(128, TILE_SCORES // (heads * rows))
-        if storage.block_size < tile:  # a tile of several blocks is gathered; one inside a block is a view
-            tile = min(tile, TILE_BYTES // (4 * heads * width))
-            tile = max(1, tile // storage.block_size) * storage.block_size  # a block cut in two would be gathered twice
+        if storage.block_size < tile or not storage.holds(dtype):  # else a tile is a view of a block, and costs nothing
+            tile = max(1, min(tile, TILE_BYTES // (4 * heads * width)))
+        # a block cut in two would be gathered twice, a group of tokens decoded twice
+        whole = storage.block_size if storage.block_size <= tile else storage.unit
+        tile = max(1, tile // whole) * whole
         strip = _power_of_two(storage.backend.serial_product // (rows * width))
         if rows == 1 or strip < 64:  # a matrix-vector product, or a large one: BLAS itself shares both out
             return cls(tile, 0, 0)
         return cls(tile, strip, math.ceil(num_threads() / sequences))
 
 
-def attend_sequences(
-    q: Array, storage: BlockStorage, layer: int, tables: SequenceOf[Table], tokens: int, dtype: str
-) -> list[Array]:
-    """Causal attention of the last ``tokens`` positions of each sequence over all of its tokens.
+class Tile(NamedTuple):
+    """Some tokens of one sequence: where they lie, how to score and to mix them, and what is hidden of them."""
 
-    q (B, Hkv, R, D), scaled, where the R rows of a KV head are (query heads in its group) x tokens -> B outputs
-    (Hkv, R, Dv) in ``dtype``.
-    """
-    cut = Cut.plan(storage, len(tables), q.shape[2])
-    spans = []
-    for index, table in enumerate(tables):
-        length = int(table.filled[layer])
-        step = cut.tile * math.ceil(length / (cut.tile * max(1, cut.pieces)))
-        spans += [(index, start, min(start + step, length)) for start in range(0, length, step)]
+    slots: slice | None  # in the blocks; None for those in the tail
+    score: Callable[[Array], Array]
+    mix: Callable[[Array], Array]
+    bias: Array | None
 
-    def attend_span(span: tuple[int, int, int]) -> Partial:
-        index, start, stop = span
-        return fold(_partials(q[index], storage, layer, tables[index], start, stop, tokens, dtype, cut))
+    def attend(self, q: Array) -> Partial:
+        return attend_scores(self.score(q), self.mix, self.bias)
 
-    partials = storage.backend.map(attend_span, spans) if cut.pieces else map(attend_span, spans)
-    by_sequence = itertools.groupby(zip(spans, partials, strict=True), key=lambda pair: pair[0][0])
-    return [fold(partial for _, partial in group).normalise() for _, group in by_sequence]
+    def mass(self, q: Array, whole: Partial) -> Array:
+        """What each token gets of the attention of q, (Hkv, S); ``whole`` is the partial of q over all tiles."""
+        scores = self.score(q)
+        if self.bias is not None:
+            add_bias(scores, self.bias)
+        return mass(scores, whole)
 
 
-def _partials(
-    q: Array, storage: BlockStorage, layer: int, table: Table, start: int, stop: int, tokens: int, dtype: str, cut: Cut
-) -> Iterator[Partial]:
-    """The partial of each tile of positions start … stop-1. Only tiles that reach past a query need a mask."""
-    backend = storage.backend
-    length = int(table.filled[layer])
-    first_query = length - tokens
-    edge = max(cut.tile, storage.block_size)  # no tile reaches over the end of a block that is larger than it
-    hi = start
-    while hi < stop:
-        lo, hi = hi, min(hi + cut.tile, (hi // edge + 1) * edge, stop)
-        k, v = storage.read(layer, table.ids, lo, hi, dtype)
-        if hi - 1 > first_query:
-            queries, keys = (backend.asarray(backend.xp.arange(*ends)) for ends in ((first_query, length), (lo, hi)))
-            yield attend_tile(q, k, v, causal_bias(queries, keys, dtype))
-        elif cut.strip:
-            yield attend_strips(q, k, v, cut.strip)
+class Reader:
+    """One layer of one sequence as tiles, for queries with the same sight."""
+
+    def __init__(self, storage: BlockStorage, layer: int, table: Table, sight: Sight, cut: Cut, dtype: str) -> None:
+        self.storage, self.layer, self.table = storage, layer, table
+        self.sight, self.cut, self.dtype = sight, cut, dtype
+        self.stored, self.waiting = int(table.stored[layer]), int(table.waiting[layer])
+
+    @property
+    def first(self) -> int:
+        """The first slot to be read: slots are positions unless something was evicted, and a window has an end."""
+        return 0 if self.table.slots else min(self.stored, self.sight.start() // self.cut.tile * self.cut.tile)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The slots that may be seen, cut into `Cut.pieces` runs of whole tiles, for as many threads."""
+        first = self.first
+        step = self.cut.tile * math.ceil((self.stored - first) / (self.cut.tile * max(1, self.cut.pieces)))
+        return [(start, min(start + step, self.stored)) for start in range(first, self.stored, max(1, step))]
+
+    def blocks(self, start: int, stop: int) -> Iterator[Tile]:
+        """The tiles of slots start … stop-1; those that nobody sees are left out."""
+        storage, unit = self.storage, self.storage.unit
+        edge = max(self.cut.tile, storage.block_size)  # no tile reaches over the end of a block that is larger than it
+        hi = start
+        while hi < stop:
+            lo, hi = hi, min(hi + self.cut.tile, (hi // edge + 1) * edge, stop)
+            if self.table.slots is None:
+                bias, seen = (None, True) if self.sight.all_of(lo, hi) else self._hide(np.arange(lo, hi))
+            else:
+                units = self.table.slots.positions[self.layer, :, lo // unit : hi // unit, None]
+                positions = np.where(units < 0, -1, units + np.arange(unit)).reshape(len(units), -1)
+                bias, seen = self._hide(positions)
+            if seen:
+                yield self._encoded(lo, hi, bias)
+
+    def tail(self) -> Iterator[Tile]:
+        """The tokens that still wait for their group, as one tile."""
+        if self.waiting:
+            strip, length = self.cut.strip, int(self.table.seen[self.layer])
+            k, v = self.table.tail.read(self.layer, self.waiting, self.dtype)
+            bias, _ = self._hide(np.arange(length - self.waiting, length))
+            yield Tile(None, lambda q: score(q, k, strip), lambda weights: mix(weights, v, strip), bias)
+
+    def all(self) -> Iterator[Tile]:
+        yield from self.blocks(self.first, self.stored)
+        yield from self.tail()
+
+    def _hide(self, positions: np.ndarray) -> tuple[Array | None, bool]:
+        """0 where a query sees a position and -inf where not, None for all zeros; and whether anything is seen."""
+        visible = self.sight.visible(positions)
+        if visible.all():
+            return None, True
+        backend = self.storage.backend
+        zero = backend.zeros((1,), self.dtype)
+        return backend.xp.where(backend.asarray(visible), zero, zero - math.inf), bool(visible.any())
+
+    def _encoded(self, lo: int, hi: int, bias: Array | None) -> Tile:
+        storage, strip = self.storage, self.cut.strip
+        codec = storage.codec
+        k = storage.gather("k", self.layer, self.table.ids, lo, hi)
+        if storage.spec.latent:  # V is a view of K
+            mix_values = lambda weights: codec.k.mix(weights, k, strip)[..., : storage.spec.latent]  # noqa: E731
         else:
-            yield attend_tile(q, k, v)
+            v = storage.gather("v", self.layer, self.table.ids, lo, hi)
+            mix_values = lambda weights: codec.v.mix(weights, v, strip)  # noqa: E731
+        return Tile(slice(lo, hi), lambda q: codec.k.scores(q, k, strip), mix_values, bias)
+
+
+def attend_sequences(
+    q: Array, storage: BlockStorage, layer: int, tables: SequenceOf[Table], sights: SequenceOf[Sight], dtype: str
+) -> list[Partial]:
+    """Attention of the last positions of each sequence over what it has stored.
+
+    q (B, Hkv, R, D), scaled, where the R rows of a KV head are (query heads in its group) x positions -> B partials
+    with outputs (Hkv, R, Dv) in ``dtype``.
+    """
+    cut = Cut.plan(storage, len(tables), q.shape[2], dtype)
+    readers = [
+        Reader(storage, layer, table, sight, cut, dtype) for table, sight in zip(tables, sights, strict=True)
+    ]
+    spans = [(index, *span) for index, reader in enumerate(readers) for span in reader.spans()]
+
+    def attend_span(span: tuple[int, int, int]) -> list[Partial]:
+        index, start, stop = span
+        partials = [tile.attend(q[index]) for tile in readers[index].blocks(start, stop)]
+        return [fold(partials)] if partials else []
+
+    found = storage.backend.map(attend_span, spans) if cut.pieces else map(attend_span, spans)
+    partials: list[list[Partial]] = [[] for _ in readers]
+    for (index, _, _), partial in zip(spans, found, strict=True):
+        partials[index] += partial
+    for index, reader in enumerate(readers):
+        partials[index] += [tile.attend(q[index]) for tile in reader.tail()]
+    return [fold(each) for each in partials]
+
+
+def attention_mass(
+    q: Array, storage: BlockStorage, layer: int, table: Table, sight: Sight, whole: Partial, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weights that q (Hkv, R, D), scaled, gives to each unit of slots, (Hkv, units), and each token of the tail.
+
+    A second pass over the keys, with the row maxima and sums of the first (``whole``): the weights of a tile are not
+    known before all tiles are, and keeping them would take memory in the square of the length.
+    """
+    reader = Reader(storage, layer, table, sight, Cut.plan(storage, 1, q.shape[1], dtype), dtype)
+    heads = storage.spec.num_kv_heads
+    stored, tail = np.zeros((heads, reader.stored), np.float32), np.zeros((heads, reader.waiting), np.float32)
+    for tile in reader.all():
+        target = tail if tile.slots is None else stored[:, tile.slots]
+        target[:] = storage.backend.to_numpy(tile.mass(q, whole))
+    return stored.reshape(heads, -1, storage.unit).sum(axis=-1), tail
 
 
 def _power_of_two(n: int) -> int:
