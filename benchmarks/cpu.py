@@ -22,7 +22,7 @@ import numpy as np
 import kvlib
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 128  # grouped-query attention 8:2
-SHORT, LONG = 1024, 32768
+SHORT, MIDDLE, LONG = 1024, 16384, 32768
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -148,6 +148,23 @@ def measure_decode(rounds: int) -> list[tuple]:
     ]
 
 
+def measure_codecs(rounds: int) -> list[tuple]:
+    """One decode step over 16K tokens through every named codec, against plain float32 in the same cache."""
+    promised = {"int8": "<= 2.0", "float16": "<= 2.5", "bfloat16": "<= 2.5", "int4": "<= 3.5"}
+    names = ["float32", "float16", "bfloat16", *kvlib.codecs.NAMES]
+    q, table = rows(1, HEADS, seed=2), []
+    for block_size in (None, 32):  # blocks of 32, for KIVI's groups are 32 tokens
+        options = {"shuffle": block_size is not None, "block_size": block_size}
+        caches = {name: filled(MIDDLE, codec=name, **options) for name in names}
+        times = interleave({name: (lambda cache=cache: cache.attend(q)) for name, cache in caches.items()}, rounds)
+        where = "contiguous" if block_size is None else f"paged ({block_size}, shuffled)"
+        table += [
+            (f"decode at {MIDDLE:,}, {where}: {name} / float32", times[name] / times["float32"], promised.get(name, ""))
+            for name in names[1:]
+        ]
+    return table
+
+
 def measure_import(rounds: int) -> list[tuple]:
     """A fresh interpreter that imports kvlib, against one that imports NumPy."""
     import subprocess
@@ -165,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31, help="samples per figure (default 31)")
     rounds = parser.parse_args().rounds
-    table = [*measure_append(rounds), *measure_decode(rounds), *measure_import(rounds)]
+    table = [*measure_append(rounds), *measure_decode(rounds), *measure_codecs(rounds), *measure_import(rounds)]
     width = max(len(name) for name, _, _ in table)
     print(f"{'ratio of medians':{width}}  {'measured':>9}  promised")
     for name, value, promise in table:

@@ -7,17 +7,16 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from kvlib.arrays import Array, Backend, check_float, get_backend
+from kvlib.arrays import Array, check_float, get_backend
 from kvlib.attention import with_sinks
 from kvlib.checks import check_shape, checked_policy, checked_size, whole_groups
 from kvlib.codecs import Codec, Split, get_codec
-from kvlib.eviction import Policy, Slots
+from kvlib.eviction import Policy
 from kvlib.reading import read_tokens
 from kvlib.retention import observe
 from kvlib.spec import CacheSpec
 from kvlib.storage import BlockStorage
 from kvlib.tables import BlockTables, Table
-from kvlib.tail import Tail
 from kvlib.tiling import Sight, attend_sequences
 from kvlib.writing import append, truncate
 
@@ -139,7 +138,8 @@ class KVCache:
     def reset(self) -> None:
         """Back to the state after construction: every block free, ``batch`` empty sequences with ids 0 … batch-1."""
         sizes = self.spec, self.codec, self.eviction, self._max_blocks, self.block_size
-        new_table = functools.partial(_new_table, *sizes, self.backend)  # without self, or no cache is freed at once
+        # not a method of self: a circle of references would keep the arrays alive until the garbage collector comes
+        new_table = functools.partial(Table.empty, *sizes, self.backend)
         self._tables = BlockTables(self.num_blocks, self.block_size, new_table)
         for _ in range(self.batch):
             self.open()
@@ -249,5 +249,5 @@ class KVCache:
         """``sinks`` (Hq,) as (Hkv, group) in ``dtype``."""
         check_float("sinks", sinks, self.backend)
         if tuple(sinks.shape) != (heads,):
-            raise ValueError(f"sinks must have shape ({heads},), a number for each query head; got {tuple(sinks.shape)}")
+            raise ValueError(f"sinks must be ({heads},), a number for each query head; got {tuple(sinks.shape)}")
         return self.backend.astype(self.backend.detach(sinks), dtype).reshape(self.spec.num_kv_heads, -1)

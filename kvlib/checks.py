@@ -33,7 +33,7 @@ def checked_policy(eviction: Policy | None, codec: Split) -> Policy | None:
     if eviction is None:
         return None
     if isinstance(eviction, type) or not callable(getattr(eviction, "score", None)):
-        raise TypeError(f"eviction must be None or a Policy of kvlib.eviction, such as SlidingWindow(64); got {eviction!r}")
+        raise TypeError(f"eviction must be None or a kvlib.eviction.Policy like SlidingWindow(64); got {eviction!r}")
     eviction.check(codec.tail)
     return eviction
 

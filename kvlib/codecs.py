@@ -61,7 +61,7 @@ def _check_codec(codec: object) -> None:
         raise TypeError(f"a codec must be an object, got the class {codec.__name__}: write {codec.__name__}(...)")
     missing = [name for name in NEEDED if not callable(getattr(codec, name, None))]
     if missing:
-        raise TypeError(f"a codec needs {', '.join(missing)}, and {codec!r} lacks them: derive it from kvlib.planes.Codec")
+        raise TypeError(f"a codec needs {', '.join(missing)}, and {codec!r} lacks them: derive it from Codec")
 
 
 @dataclass(frozen=True, slots=True)

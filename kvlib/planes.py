@@ -45,7 +45,7 @@ class Codec:
         raise NotImplementedError
 
     def scores(self, q: Array, planes: Planes, strip: int = 0) -> Array:
-        """q (..., R, D) against the rows as keys -> (..., R, T), in the dtype of q; ``strip`` as in `attention.score`."""
+        """q (..., R, D) against the rows as keys -> (..., R, T), in q's dtype; ``strip`` as in `attention.score`."""
         return score(q, self.decode(planes, backend_of(q).dtype_name(q)), strip)
 
     def mix(self, weights: Array, planes: Planes, strip: int = 0) -> Array:

@@ -6,9 +6,11 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from kvlib.arrays import Array
+from kvlib.arrays import Array, Backend
 from kvlib.blocks import BlockPool
-from kvlib.eviction import Slots
+from kvlib.codecs import Split
+from kvlib.eviction import Policy, Slots
+from kvlib.spec import CacheSpec
 from kvlib.tail import Tail
 
 
@@ -26,6 +28,22 @@ class Table:
         self.num_blocks = 0
         self.seen, self.stored, self.waiting = (np.zeros(num_layers, np.int64) for _ in range(3))
         self.tail, self.slots = tail, slots
+
+    @classmethod
+    def empty(
+        cls,
+        spec: CacheSpec,
+        codec: Split,
+        policy: Policy | None,
+        max_blocks: int,
+        block_size: int,
+        backend: Backend,
+    ) -> "Table":
+        """A sequence without tokens, with whatever the codec and the policy of its cache have to know about it."""
+        tail = Tail(spec, codec, backend) if codec.tail else None
+        units = max_blocks * block_size // codec.group
+        slots = Slots(policy, spec.num_layers, spec.num_kv_heads, units, codec.tail) if policy else None
+        return cls(max_blocks, spec.num_layers, tail, slots)
 
     @property
     def blocks(self) -> np.ndarray:

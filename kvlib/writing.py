@@ -141,7 +141,7 @@ def _count(storage: BlockStorage, table: Table, layer: int, start: int, closed: 
 
 
 def _open_group(storage: BlockStorage, table: Table, layer: int, n: int) -> tuple[Array, Array | None] | None:
-    """The rows of the closed group that position n lies in, up to n: k (Hkv, rows, D) and v. None if n cuts no group."""
+    """The rows of the closed group that n lies in, up to n: k (Hkv, rows, D) and v. None if n cuts no group."""
     unit, whole = storage.unit, n // storage.unit * storage.unit
     if n == whole or n >= table.seen[layer] - table.waiting[layer]:
         return None
