@@ -26,7 +26,20 @@ CORE = [
 ]
 # On top of it, in the order in which they may know each other; modules that are not named here may not
 # form circles.
-ABOVE = ["prefix", "prefill", "model", "engine", "sizing", "roofline", "kernels", "plots", "widgets"]
+ABOVE = [
+    "prefix",
+    "prefill",
+    "model",
+    "engine",
+    "registry",
+    "footprint",
+    "comparison",
+    "sizing",
+    "roofline",
+    "kernels",
+    "plots",
+    "widgets",
+]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

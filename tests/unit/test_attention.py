@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlib.attention import Partial, attend_strips, attend_tile, causal_bias, dense, fold, merge
+from kvlib.attention import Partial, attend_tile, causal_bias, dense, fold, mass, merge, with_sinks
 from tests.conformance import reference
 from tests.conformance.bounds import ARITHMETIC
 
@@ -140,7 +140,7 @@ def test_inputs_are_left_alone(array):
     arrays = [array(rng.standard_normal(shape)) for shape in ((2, 4, 8), (2, 9, 8), (2, 9, 8), (4, 9))]
     before = [host(x).copy() for x in arrays]
     attend_tile(*arrays)
-    attend_strips(*arrays[:3], 4)
+    attend_tile(*arrays, strip=4)
     a, b = attend_tile(*arrays[:3]), attend_tile(*arrays)
     parts = [host(x).copy() for x in (*a, *b)]
     merge(a, b).normalise()
@@ -151,10 +151,52 @@ def test_inputs_are_left_alone(array):
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 128, 200])
 @pytest.mark.parametrize("strip", [1, 2, 64, 256])
-def test_strips_are_a_tile(array, keys, strip):
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+def test_strips_are_a_tile(array, keys, strip, lead):
     rng = np.random.default_rng(keys)
-    q, k, v = (array(rng.standard_normal((2, n, w))) for n, w in ((3, 8), (keys, 8), (keys, 5)))
-    same(attend_strips(q, k, v, strip), attend_tile(q, k, v))
+    q, k, v = (array(rng.standard_normal((*lead, n, w))) for n, w in ((6, 8), (keys, 8), (keys, 5)))
+    bias = array(np.where(rng.random((2, keys)) < 0.5, 0.0, -math.inf))
+    same(attend_tile(q, k, v, strip=strip), attend_tile(q, k, v))
+    same(attend_tile(q, k, v, bias, strip), attend_tile(q, k, v, bias))
+
+
+def test_a_mask_of_each_head(array):
+    """bias (heads, T, S): every head hides its own keys from each of two positions."""
+    rng = np.random.default_rng(7)
+    q, k, v = rng.standard_normal((4, 6, 8)), rng.standard_normal((4, 7, 8)), rng.standard_normal((4, 7, 5))
+    visible = rng.random((4, 2, 7)) < 0.6
+    part = attend_tile(array(q), array(k), array(v), array(np.where(visible, 0.0, -math.inf)))
+    for head in range(4):
+        expected = by_hand(q[head], k[head], v[head], np.tile(visible[head], (3, 1)))
+        same(Partial(*(x[head] for x in part)), expected)
+
+
+def test_mass_is_the_weights_added_up_over_rows(array):
+    """Of each tile, from its scores and the partial of all; a row that saw nothing adds nothing."""
+    rng = np.random.default_rng(8)
+    q, k, v = rng.standard_normal((2, 3, 8)) * 3, rng.standard_normal((2, 9, 8)), rng.standard_normal((2, 9, 5))
+    scores = torch.tensor(q @ k.swapaxes(-1, -2))
+    expected = host(torch.softmax(scores, dim=-1)).sum(axis=1)
+    whole = attend_tile(array(q), array(k), array(v))
+    for tile in (slice(0, 4), slice(4, 9)):
+        close(mass(array(host(scores)[..., tile].copy()), whole), expected[:, tile])
+    hidden = np.array([0.0, -math.inf, 0.0])[:, None]
+    whole = attend_tile(array(q), array(k), array(v), array(hidden + np.zeros((3, 9))))
+    whole = Partial(whole.m, whole.l + array(1.0 * np.isinf(hidden)), whole.o)  # as a sink would: no 0 / 0
+    rows = host(torch.softmax(scores, dim=-1))[:, [0, 2]].sum(axis=1)
+    close(mass(array(host(scores) + hidden), whole), rows)
+
+
+def test_a_sink_is_one_more_key_of_value_zero(array):
+    """Rows (kv head, query head of the group x position): each query head has a sink of its own."""
+    rng = np.random.default_rng(9)
+    q, k, v = rng.standard_normal((2, 6, 8)), rng.standard_normal((2, 9, 8)), rng.standard_normal((2, 9, 5))
+    sinks = np.array([[3.0, -40.0, 0.5], [60.0, 1.0, -2.0]])  # above every score, below, and between
+    part = with_sinks(attend_tile(array(q), array(k), array(v)), array(sinks))
+    scores = np.concatenate([q @ k.swapaxes(-1, -2), np.repeat(sinks, 2, axis=1)[..., None]], axis=-1)
+    weights = host(torch.softmax(torch.tensor(scores), dim=-1))
+    close(part.normalise(), weights[..., :9] @ v)
+    close(part.m, scores.max(axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [20], [7, 8], [1, 2, 3, 20], list(range(1, 21))])
@@ -228,3 +270,29 @@ def test_dense_and_the_reference_agree_with_torch(heads, kv_heads, tokens):
 def test_dense_keeps_the_dtype(array):
     x = array(np.ones((1, 2, 3, 4), np.float32))
     assert dense(x, x, x).dtype == x.dtype
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 30])
+@pytest.mark.parametrize("window", [1, 2, 7, 29, 30, 31])
+def test_dense_with_a_window(array, tokens, window):
+    """A query sees its own key and the window - 1 before it: a band below the diagonal."""
+    rng = np.random.default_rng(10)
+    q, k, v = (rng.standard_normal((h, n, 16)) for h, n in ((4, tokens), (2, 30), (2, 30)))
+    band = np.tril(np.ones((30, 30), bool)) & ~np.tril(np.ones((30, 30), bool), -window)
+    expected = reference.attention(q, k, v, visible=band[30 - tokens :])
+    close(dense(array(q), array(k), array(v), window=window), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("window", [None, 3])
+def test_dense_with_sinks(array, tokens, window):
+    """One more column in the softmax of each query head, which is then dropped, as gpt-oss has it; torch's softmax."""
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal((2, h, n, 16)) for h, n in ((4, tokens), (2, 9), (2, 9)))
+    sinks = np.array([0.0, 30.0, -30.0, 1.0])
+    band = np.tril(np.ones((9, 9), bool)) & ~np.tril(np.ones((9, 9), bool), -(window or 9))
+    scores = np.where(band[9 - tokens :], q @ k.repeat(2, axis=1).swapaxes(-1, -2) / 4, -math.inf)
+    column = np.broadcast_to(sinks[None, :, None, None], (2, 4, tokens, 1))
+    weights = host(torch.softmax(torch.tensor(np.concatenate([scores, column], axis=-1)), dim=-1))
+    out = dense(array(q), array(k), array(v), window=window, sinks=array(sinks))
+    close(out, weights[..., :9] @ v.repeat(2, axis=1))

@@ -201,7 +201,7 @@ def kept_by(cache):
     return [set(row[row >= 0].tolist()) for row in np.broadcast_to(where, (HEADS, where.shape[-1]))]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, 5])
 def test_heavy_hitter_equals_a_simulation(seed):
     policy, prompt = HeavyHitter(9, recent=3), 12
     mass, kept, differ = np.zeros((HEADS, 40)), [set() for _ in range(HEADS)], False
