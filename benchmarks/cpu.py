@@ -111,7 +111,7 @@ def measure_decode(rounds: int) -> list[tuple]:
     """One decode step over 32K tokens, against reading as many bytes, and against torch SDPA on the same shapes."""
     import torch
 
-    torch.set_num_threads(kvlib.arrays.num_threads())
+    torch.set_num_threads(kvlib.threads.num_threads())
     sdpa = torch.nn.functional.scaled_dot_product_attention
     q = rows(1, HEADS, seed=2)
     contiguous = filled(LONG, block_size=None)
@@ -119,7 +119,7 @@ def measure_decode(rounds: int) -> list[tuple]:
     k, v, torch_q = (torch.from_numpy(x) for x in (rows(LONG), rows(LONG, seed=1), q))
     grouped_q = torch_q.reshape(1, KV_HEADS, HEADS // KV_HEADS, WIDTH)  # a group's heads as rows: SDPA's best case here
     memory = np.ones(k.nbytes * 2 // 4, np.float32)  # as many bytes as K and V
-    halves = np.array_split(memory, kvlib.arrays.num_threads())
+    halves = np.array_split(memory, kvlib.threads.num_threads())
     threads = kvlib.arrays.numpy_backend
     np.testing.assert_allclose(contiguous.attend(q), sdpa(torch_q, k, v, enable_gqa=True).numpy(), atol=1e-5)
     np.testing.assert_allclose(paged.attend(q), contiguous.attend(q), atol=1e-6)
@@ -190,7 +190,7 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch", "transformers")}
     record = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": _cpu_name(), "cores": kvlib.arrays.num_threads(), "system": platform.system()},
+        "machine": {"cpu": _cpu_name(), "cores": kvlib.threads.num_threads(), "system": platform.system()},
         "versions": {"python": platform.python_version(), "kvlib": kvlib.__version__, **versions},
         "rounds": rounds,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -74,7 +74,8 @@ class KVCache:
         in_use = self.num_blocks - self.num_free_blocks
         blocks = f"{in_use} of {self.num_blocks} blocks of {self.block_size} tokens in use"
         where = self.backend.name if self.backend.device is None else f"{self.backend.name} on {self.backend.device}"
-        return f"KVCache({self.spec}, {type(self.codec).__name__}, {where}; {len(self.lengths)} sequences, {blocks})"
+        how = self.codec.name + (f", {self.eviction}" if self.eviction else "")
+        return f"KVCache({self.spec}, {how}, {where}; {len(self.lengths)} sequences, {blocks})"
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 

@@ -175,7 +175,8 @@ class BlockFloat4(MiniFloat):
         # As uint8, 1 - 2 is 255, and a product with that has the bits of a negative int8
         out[..., :half] = ((twice & 15) * (1 - (packed >> 2 & 2))).view(int8)
         out[..., half:] = ((twice >> 4) * (1 - (packed >> 6 & 2))).view(int8)
-        out *= backend.xp.repeat(self._load_scale(planes["scale"]) * 0.5, self.block, axis=-1)
+        blocks = out.reshape(*out.shape[:-1], -1, self.block)
+        blocks *= self._load_scale(planes["scale"])[..., None] * 0.5
         return backend.astype(out, dtype), None
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvlib.arrays import Array, num_threads
+from kvlib.arrays import Array
 from kvlib.attention import Partial, add_bias, attend_scores, fold, mass, mix, score
 from kvlib.storage import BlockStorage
 from kvlib.tables import Table
+from kvlib.threads import num_threads
 
 TILE_SCORES = 1 << 17  # scores of one tile over all heads and rows: they stay in a core's second-level cache
 TILE_BYTES = 1 << 21  # bytes of K gathered or decoded for one tile: likewise

@@ -43,7 +43,7 @@ def bits(x):
 
 def test_chunks_store_and_answer_what_one_append_does(setup, rng):
     spec = setup.spec(num_layers=LAYERS)
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 59, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 59, 32) for heads in (2, 2, 8))
     whole = fill(setup.cache(spec), k_in, v_in, [59], LAYERS)
     pieces = fill(setup.cache(spec), k_in, v_in, [37, 1, 1, 20], LAYERS)
     for layer in range(LAYERS):
@@ -58,7 +58,7 @@ def test_chunks_store_and_answer_what_one_append_does(setup, rng):
 
 def test_chunked_prefill_gives_every_position_its_own_answer(setup, rng):
     """Attending after each chunk, as a chunked prefill does, sees exactly the tokens up to there."""
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 59, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 59, 32) for heads in (2, 2, 8))
     cache, stop = setup.cache(), 0
     for size in (37, 1, 1, 20):
         start, stop = stop, stop + size
@@ -72,7 +72,7 @@ def test_chunked_prefill_gives_every_position_its_own_answer(setup, rng):
 def test_any_chunks_at_all(entry_name, sizes):
     setup, rng = Setup(entry_name, "numpy", "float32"), np.random.default_rng(5)
     total = sum(sizes)
-    (_, k_in), (_, v_in) = (setup.draw(rng, 2, 2, total, 16) for _ in range(2))
+    (_, k_in), (_, v_in) = (setup.draw(rng, 2, 2, total, 32) for _ in range(2))
     whole = fill(setup.cache(batch=2, max_tokens=total), k_in, v_in, [total])
     pieces = fill(setup.cache(batch=2, max_tokens=total), k_in, v_in, sizes)
     for seq in (0, 1):
@@ -81,30 +81,30 @@ def test_any_chunks_at_all(entry_name, sizes):
 
 
 def test_read_gives_back_what_was_stored(setup, rng):
-    (k, k_in), (v, v_in) = setup.draw(rng, 2, 2, 41, 16), setup.draw(rng, 2, 2, 41, 16)
+    (k, k_in), (v, v_in) = setup.draw(rng, 2, 2, 41, 32), setup.draw(rng, 2, 2, 41, 32)
     cache = fill(setup.cache(batch=2), k_in, v_in, [20, 21])
     for seq in (0, 1):
         k_out, v_out, positions = cache.read(seq)
         assert positions.tolist() == list(range(41))
-        for given_, exact, out in ((k_in[seq], k[seq], k_out), (v_in[seq], v[seq], v_out)):
+        for side, given_, exact, out in (("k", k_in[seq], k[seq], k_out), ("v", v_in[seq], v[seq], v_out)):
             assert tuple(out.shape) == exact.shape
             assert out.dtype == given_.dtype  # the spec's
             if bounds.lossless(cache.codec):
                 assert bits(out) == bits(given_)
             else:
-                bound = bounds.stored_error(cache.codec, exact, setup.dtype)
+                bound = bounds.stored_error(cache, side, exact, setup.dtype)
                 bound = bound + bounds.rounding(np.abs(exact) + bound, setup.dtype)
                 assert np.all(np.abs(setup.host(out) - exact) <= bound)
 
 
 def test_read_of_nothing_has_shapes(setup):
-    k, v, positions = setup.cache(setup.spec(v_head_dim=7)).read(0)
-    assert (tuple(k.shape), tuple(v.shape), positions.shape) == ((2, 0, 16), (2, 0, 7), (0,))
+    k, v, positions = setup.cache(setup.spec(v_head_dim=(width := setup.width(7)))).read(0)
+    assert (tuple(k.shape), tuple(v.shape), positions.shape) == ((2, 0, 32), (2, 0, width), (0,))
 
 
 def test_what_comes_out_is_a_copy(setup32, rng):
     """Writing into an answer, or into what was appended, does not reach the cache."""
-    (_, k_in), (_, q_in) = setup32.draw(rng, 1, 2, 20, 16), setup32.draw(rng, 1, 2, 20, 16)
+    (_, k_in), (_, q_in) = setup32.draw(rng, 1, 2, 20, 32), setup32.draw(rng, 1, 2, 20, 32)
     cache = fill(setup32.cache(), k_in, k_in, [20])
     before = [bits(x) for x in cache.read(0)]
     for array in (*cache.read(0), cache.attend(q_in), cache.attend(q_in[:, :, -1:]), k_in, q_in):
@@ -113,7 +113,7 @@ def test_what_comes_out_is_a_copy(setup32, rng):
 
 
 def test_what_goes_in_is_left_alone(setup, rng):
-    (_, k_in), (_, v_in), (_, q_in) = (setup.draw(rng, 1, heads, 20, 16) for heads in (2, 2, 8))
+    (_, k_in), (_, v_in), (_, q_in) = (setup.draw(rng, 1, heads, 20, 32) for heads in (2, 2, 8))
     before = [bits(x) for x in (k_in, v_in, q_in)]
     cache = fill(setup.cache(), k_in, v_in, [20])
     cache.attend(q_in)
@@ -180,9 +180,9 @@ CUTS = {
 @pytest.mark.parametrize("cut", list(CUTS))
 def test_no_cut_changes_the_answer(setup32, cut, threads, rng, monkeypatch):
     monkeypatch.setattr(Cut, "plan", classmethod(lambda *_: CUTS[cut]))
-    monkeypatch.setattr(kvlib.arrays, "num_threads", lambda: threads)
+    monkeypatch.setattr(kvlib.threads, "num_threads", lambda: threads)
     lengths = (531, 400, 64)
-    (k, k_in), (v, v_in), (q, q_in) = (setup32.draw(rng, 3, heads, 531, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup32.draw(rng, 3, heads, 531, 32) for heads in (2, 2, 8))
     cache = setup32.cache(batch=3, max_tokens=531)
     for seq, length in enumerate(lengths):
         cache.append(k_in[seq : seq + 1, :, :length], v_in[seq : seq + 1, :, :length], seqs=[seq])
@@ -209,7 +209,7 @@ def long_context():
 
 def test_a_long_context(setup32, long_context, monkeypatch):
     """Real tile sizes, real strips, real spans; two threads; one long chunk and a few decode steps."""
-    for module in (kvlib.tiling, kvlib.arrays):
+    for module in (kvlib.tiling, kvlib.threads):
         monkeypatch.setattr(module, "num_threads", lambda: 2)
     q, k, v = long_context
     cache = setup32.cache(setup32.spec(head_dim=128), max_tokens=32768)
@@ -224,7 +224,7 @@ def test_ragged_batch_in_any_order(setup, rng):
     ids.
     """
     lengths, seqs = {0: 3, 1: 40, 2: 16, 3: 33}, [3, 0, 2]
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 4, heads, 45, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 4, heads, 45, 32) for heads in (2, 2, 8))
     cache = setup.cache(batch=4)
     for seq, length in lengths.items():
         cache.append(k_in[[seq], :, :length], v_in[[seq], :, :length], seqs=[seq])
@@ -245,8 +245,8 @@ def test_stores_in_its_own_dtype_whatever_comes_in(setup, in_dtype, q_dtype, rng
     """The reference sees the numbers before they were rounded: the bound is the rounding of the storage
     dtype.
     """
-    (k, k_in), (v, v_in) = (setup.draw(rng, 1, 2, 37, 16, dtype=in_dtype) for _ in range(2))
-    q, q_in = setup.draw(rng, 1, 4, 4, 16, dtype=q_dtype)
+    (k, k_in), (v, v_in) = (setup.draw(rng, 1, 2, 37, 32, dtype=in_dtype) for _ in range(2))
+    q, q_in = setup.draw(rng, 1, 4, 4, 32, dtype=q_dtype)
     cache = fill(setup.cache(), k_in, v_in, [37])
     setup.check(cache, cache.attend(q_in)[0], q[0], k[0], v[0], in_dtype=in_dtype, out_dtype=q_dtype)
     if bounds.lossless(cache.codec):
@@ -256,7 +256,7 @@ def test_stores_in_its_own_dtype_whatever_comes_in(setup, in_dtype, q_dtype, rng
 
 def test_float64_is_kept_to_float64(entry, place, rng):
     setup = Setup(entry, place, "float64")
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 300, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 300, 32) for heads in (2, 2, 8))
     cache = fill(setup.cache(max_tokens=300), k_in, v_in, [300])
     for tokens in (1, 300):
         setup.check(cache, cache.attend(q_in[:, :, -tokens:])[0], q[0, :, -tokens:], k[0], v[0])
@@ -264,7 +264,7 @@ def test_float64_is_kept_to_float64(entry, place, rng):
 
 @pytest.mark.parametrize("scale", [0.5, np.float64(0.5), 0, 1])
 def test_scale(setup, scale, rng):
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 29, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 29, 32) for heads in (2, 2, 8))
     cache = fill(setup.cache(), k_in, v_in, [29])
     setup.check(cache, cache.attend(q_in, scale=scale)[0], q[0], k[0], v[0], scale=scale)
 
@@ -272,14 +272,14 @@ def test_scale(setup, scale, rng):
 @pytest.mark.parametrize("offset", [-3000.0, 3000.0])
 def test_scores_far_from_zero_neither_overflow_nor_vanish(setup32, offset, rng):
     """exp(3000) is infinite and exp(-3000) is zero, in float64 too; softmax only sees differences."""
-    k, v, q = (rng.standard_normal((heads, 300, 16)) for heads in (2, 2, 8))
+    k, v, q = (rng.standard_normal((heads, 300, 32)) for heads in (2, 2, 8))
     k[..., 0], q[..., 0] = offset, 1  # one column adds the same to every score …
     k, v, q = (reference.rounded(x, "float32") for x in (k, v, q))
     cache = setup32.cache(max_tokens=300)
     fill(cache, *(setup32.array(x[None]) for x in (k, v)), [300])
     # … but its rounding, in float32, is that of a number that large: |error| <= (D + 2) u sum |q| |k| for
     # a dot product summed in any order, with q scaled first.
-    dot = (16 + 2) * 2.0**-24 * np.abs(k)
+    dot = (32 + 2) * 2.0**-24 * np.abs(k)
     for tokens in (1, 300):
         out = setup32.host(cache.attend(setup32.array(q[None, :, -tokens:]), scale=1.0)[0])
         expected = reference.attention(q[:, -tokens:], k, v, 1.0)
@@ -293,7 +293,7 @@ def test_arrays_laid_out_in_any_way(setup, rng):
     """A model's projections arrive as (B, T, H, D) seen with two axes swapped; slices and steps are views
     too.
     """
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 2, 23, heads, 16) for heads in (2, 2, 2))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 2, 23, heads, 32) for heads in (2, 2, 2))
     cache = setup.cache(batch=2)
     cache.append(k_in.swapaxes(1, 2), v_in.swapaxes(1, 2))
     k, v, q = (x.swapaxes(1, 2) for x in (k, v, q))
@@ -310,7 +310,7 @@ def test_arrays_laid_out_in_any_way(setup, rng):
 
 def test_read_only_numpy_arrays(entry, rng):
     setup = Setup(entry, "numpy", "float32")
-    (k, k_in), (q, q_in) = setup.draw(rng, 1, 2, 9, 16), setup.draw(rng, 1, 2, 9, 16)
+    (k, k_in), (q, q_in) = setup.draw(rng, 1, 2, 9, 32), setup.draw(rng, 1, 2, 9, 32)
     k_in.flags.writeable = q_in.flags.writeable = False
     cache = fill(setup.cache(), k_in, k_in, [9])
     setup.check(cache, cache.attend(q_in)[0], q[0], k[0], k[0])
@@ -323,7 +323,7 @@ def test_torch_modes(entry, built_in, used_in, rng):
     any time.
     """
     setup = Setup(entry, "torch", "float32")
-    (k, k_in), (q, q_in) = setup.draw(rng, 1, 2, 9, 16), setup.draw(rng, 1, 2, 9, 16)
+    (k, k_in), (q, q_in) = setup.draw(rng, 1, 2, 9, 32), setup.draw(rng, 1, 2, 9, 32)
     k_in, q_in = k_in.requires_grad_(), q_in.requires_grad_()
     with built_in():
         cache = setup.cache(batch=1, num_blocks=40)
@@ -339,7 +339,7 @@ def test_torch_modes(entry, built_in, used_in, rng):
 def test_autocast_does_not_reach_the_cache(entry, rng):
     """Inside torch.autocast a float32 product would quietly be one of bfloat16 numbers."""
     setup = Setup(entry, "torch", "float32")
-    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 30, 16) for heads in (2, 2, 8))
+    (k, k_in), (v, v_in), (q, q_in) = (setup.draw(rng, 1, heads, 30, 32) for heads in (2, 2, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache = fill(setup.cache(), k_in, v_in, [30])
         outs = {tokens: cache.attend(q_in[:, :, -tokens:]) for tokens in (1, 30)}
@@ -352,7 +352,7 @@ def test_threads_of_the_caller(entry, rng):
     setup = Setup(entry, "numpy", "float32")
     caches, queries = [], []
     for _ in range(4):
-        k_in, v_in, q_in = (setup.draw(rng, 1, heads, 300, 16)[1] for heads in (2, 2, 8))
+        k_in, v_in, q_in = (setup.draw(rng, 1, heads, 300, 32)[1] for heads in (2, 2, 8))
         caches.append(fill(setup.cache(max_tokens=300), k_in, v_in, [300]))
         queries.append(q_in[:, :, -3:])
     alone = [bits(cache.attend(q)) for cache, q in zip(caches, queries, strict=True)]
@@ -367,7 +367,7 @@ def test_threads_of_the_caller(entry, rng):
 
 def test_numpy_and_torch_store_the_same_bits_and_give_the_same_answer(entry, dtype, rng):
     """The same calls, with numbers that the storage dtype has to round."""
-    k, v, q = (rng.standard_normal((2, heads, 70, 16)) for heads in (2, 2, 8))
+    k, v, q = (rng.standard_normal((2, heads, 70, 32)) for heads in (2, 2, 8))
     stored, answers = [], []
     for place in ("numpy", "torch"):
         setup = Setup(entry, place, dtype)
@@ -387,6 +387,6 @@ def test_numpy_and_torch_store_the_same_bits_and_give_the_same_answer(entry, dty
 
 
 def test_default_scale_is_one_over_root_d(setup32, rng):
-    (_, k_in), (_, q_in) = setup32.draw(rng, 1, 2, 9, 16), setup32.draw(rng, 1, 2, 9, 16)
+    (_, k_in), (_, q_in) = setup32.draw(rng, 1, 2, 9, 32), setup32.draw(rng, 1, 2, 9, 32)
     cache = fill(setup32.cache(), k_in, k_in, [9])
-    assert bits(cache.attend(q_in)) == bits(cache.attend(q_in, scale=1 / math.sqrt(16)))
+    assert bits(cache.attend(q_in)) == bits(cache.attend(q_in, scale=1 / math.sqrt(32)))

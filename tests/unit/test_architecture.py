@@ -13,14 +13,25 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__i
 # From the bottom up. The core: a module may import what stands before it, and nothing else of kvlib.
 CORE = [
     "spec",
+    "threads",
     "arrays",
     "attention",
     "blocks",
+    "planes",
+    "integers",
+    "floatbits",
+    "minifloat",
+    "rotation",
     "codecs",
     "storage",
+    "tail",
+    "eviction",
     "tables",
     "tiling",
-    "eviction",
+    "retention",
+    "writing",
+    "reading",
+    "checks",
     "cache",
     "catalogue",
 ]
@@ -142,11 +153,11 @@ import numpy as np
 import kvlib
 for name, settings in kvlib.CATALOGUE.items():
     for dtype in ("float32", "float16"):
-        cache = kvlib.KVCache(kvlib.CacheSpec(2, 8, dtype=dtype), batch=2, max_tokens=64, **settings)
-        k = np.ones((2, 2, 40, 8), dtype)
+        cache = kvlib.KVCache(kvlib.CacheSpec(2, 32, dtype=dtype), batch=2, max_tokens=64, **settings)
+        k = np.ones((2, 2, 40, 32), dtype)
         cache.append(k, k * 3)
-        assert np.allclose(cache.attend(k), 3)
-        assert cache.read(0)[0].shape == (2, 40, 8)
+        assert np.allclose(cache.attend(k), 3, rtol=5e-3)
+        assert cache.read(0)[0].shape == (2, 40, 32)
 for backend, dtype, message in (
     ("torch", "float32", "needs torch"),
     ("numpy", "bfloat16", "needs the package ml_dtypes"),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvlib import arrays
-from kvlib.arrays import TorchBackend, backend_of, check_float, get_backend, num_threads
+from kvlib import threads
+from kvlib.arrays import TorchBackend, backend_of, check_float, get_backend
 
 
 @pytest.fixture(params=["numpy", "torch"])
@@ -132,9 +132,9 @@ def test_storage_made_in_inference_mode_can_be_written_outside():
     assert x.tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_map_keeps_the_order_and_the_error(backend, threads, monkeypatch):
-    monkeypatch.setattr(arrays, "num_threads", lambda: threads)
+@pytest.mark.parametrize("count", [1, 2])
+def test_map_keeps_the_order_and_the_error(backend, count, monkeypatch):
+    monkeypatch.setattr(threads, "num_threads", lambda: count)
     assert backend.map(lambda x: x * x, range(50)) == [x * x for x in range(50)]
     assert backend.map(lambda x: x, iter([])) == []
     with pytest.raises(ZeroDivisionError):
@@ -142,17 +142,17 @@ def test_map_keeps_the_order_and_the_error(backend, threads, monkeypatch):
 
 
 def test_map_uses_threads_when_there_are_some(monkeypatch):
-    monkeypatch.setattr(arrays, "num_threads", lambda: 2)
-    monkeypatch.setattr(arrays, "_thread_pool", arrays._thread_pool.__wrapped__)  # a pool of our own
+    monkeypatch.setattr(threads, "num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "_thread_pool", threads._thread_pool.__wrapped__)  # a pool of our own
     both = threading.Barrier(2, timeout=30)  # passes only if two threads wait at once
     assert get_backend("numpy").map(lambda x: (both.wait(), x)[1], [1, 2]) == [1, 2]
 
 
 def test_number_of_threads(monkeypatch):
-    count = num_threads.__wrapped__
-    for value, threads in (("3", 3), ("1", 1), ("0", 1), ("-2", 1)):
+    count = threads.num_threads.__wrapped__
+    for value, expected in (("3", 3), ("1", 1), ("0", 1), ("-2", 1)):
         monkeypatch.setenv("KVLIB_NUM_THREADS", value)
-        assert count() == threads
+        assert count() == expected
     monkeypatch.delenv("KVLIB_NUM_THREADS")
     assert count() >= 1
 
@@ -179,3 +179,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     environment = {**os.environ, "KVLIB_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
     assert done.stdout.strip() == b"0"
+
+
+def test_float16_becomes_float32_bit_for_bit():
+    """All 65,536 of them; and with infinity or NaN among them, where another way is taken."""
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    widen = get_backend("numpy").astype
+    finite = numbers[np.isfinite(numbers)]
+    assert np.array_equal(widen(finite, "float32").view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    for number in numbers[~np.isfinite(numbers)][::100]:
+        mixed = np.array([1, number, -2], np.float16)
+        assert np.array_equal(widen(mixed, "float32"), mixed.astype(np.float32), equal_nan=True)
+    strided = numbers.reshape(256, 256)[10:20:3, ::-2]
+    assert np.array_equal(widen(strided, "float32"), strided.astype(np.float32), equal_nan=True)
+    assert widen(np.empty((0, 3), np.float16), "float32").shape == (0, 3)

@@ -341,6 +341,11 @@ def test_the_bound_is_never_more_than_the_number_itself(codec):
     assert np.all(codec.max_error(rows)[5] < 1e-44)
 
 
+def test_the_smallest_scale_of_nvfp4_still_resolves_something():
+    rows = np.full((1, 16), 2.0**-9)  # a third of what the smallest scale is made for
+    assert np.allclose(NVFP4().max_error(rows), 2.0**-11, rtol=1e-5)
+
+
 @every_codec
 def test_bounds_scale_with_the_rows(codec):
     """No constant hides in them: half of each row's relative bound is small in rows of any ordinary size."""

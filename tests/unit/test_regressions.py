@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import kvlib
-from kvlib.arrays import NumpyBackend, num_threads
+from kvlib import threads
+from kvlib.arrays import NumpyBackend
 from kvlib.config import ModelConfig
 from kvlib.model import Transformer
 from kvlib.tiling import Cut
@@ -66,7 +67,7 @@ threading.Thread(target=lambda: (main.join(), time.sleep(0.2), print(decode())))
 
 
 def test_bad_number_of_threads(monkeypatch):
-    count = num_threads.__wrapped__
+    count = threads.num_threads.__wrapped__
     for value in ("many", "2.5"):
         monkeypatch.setenv("KVLIB_NUM_THREADS", value)
         with pytest.raises(ValueError, match=f"KVLIB_NUM_THREADS must be an integer, got '{value}'"):
@@ -120,7 +121,7 @@ def test_strips_are_for_threads():
     """A chunk of 64 queries went through strips of 8 keys on one thread, three times slower than one product."""
     storage = kvlib.KVCache(kvlib.CacheSpec(2, 128), 1, 40000)._storage
     for rows in (1, 2, 4, 8, 64, 256, 4096):
-        cut = Cut.plan(storage, 1, rows)
+        cut = Cut.plan(storage, 1, rows, storage.spec.dtype)
         assert (cut.strip >= 64 and cut.pieces >= 1) or (cut.strip, cut.pieces) == (0, 0)
 
 
@@ -160,7 +161,7 @@ def test_sizes_may_be_small_numpy_integers():
 def test_repr_says_what_it_is():
     used = cache()
     used.append(STEP, STEP)
-    for part in ("KVCache(", "num_kv_heads=2", "Plain", "numpy", "2 sequences", "2 of 4 blocks of 4 tokens"):
+    for part in ("KVCache(", "num_kv_heads=2", "plain", "numpy", "2 sequences", "2 of 4 blocks of 4 tokens"):
         assert part in repr(used)
     assert "torch on cpu" in repr(cache(backend="torch"))
 
@@ -269,7 +270,8 @@ def test_a_sparse_tensor_is_refused_before_a_block_is_taken():
     assert filled.num_free_blocks == filled.num_blocks
 
 
-def test_eviction_is_none_or_an_error():
+def test_eviction_is_a_policy_or_an_error():
+    """A misspelt policy was taken for none."""
     assert cache(eviction=None).lengths == {0: 0, 1: 0}
-    with pytest.raises(ValueError, match="eviction must be None, for every token stays; got 'h2o'"):
+    with pytest.raises(TypeError, match="eviction must be None or a kvlib.eviction.Policy.*got 'h2o'"):
         cache(eviction="h2o")
