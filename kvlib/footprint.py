@@ -5,6 +5,7 @@ and the number of blocks. That is said twice on purpose: tests hold one against 
 """
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def footprint(
         eviction.check(codec.tail)
     lengths = _lengths(tokens, batch)
     needs = [_most(n, codec, eviction, _positive("chunk", chunk)) for n in lengths]
-    pool = _pool(needs, block_size, num_blocks, max_tokens, codec.group, equal=isinstance(tokens, int | np.integer))
+    pool = _pool(needs, block_size, num_blocks, max_tokens, codec.group, equal=not isinstance(tokens, Iterable))
 
     lanes = spec.num_layers * spec.num_kv_heads
     codes, scales = map(sum, zip(*(_group_bytes(side, width, codec.group) for side, width in sides), strict=True))
@@ -142,7 +143,7 @@ def model_footprint(
 
 
 def _lengths(tokens: int | SequenceOf[int], batch: int | None) -> list[int]:
-    if isinstance(tokens, int | np.integer):
+    if not isinstance(tokens, Iterable):
         return [_positive("tokens", tokens)] * _positive("batch", 1 if batch is None else batch)
     lengths = [_positive("tokens", n) for n in tokens]
     if not lengths or batch not in (None, len(lengths)):

@@ -66,6 +66,11 @@ def number(settings: dict[str, Any], name: str, default: float | None = None) ->
     return value
 
 
+def drafting_layers(config: dict[str, Any]) -> int:
+    """Layers that a checkpoint may hold behind the last one, to guess ahead (DeepSeek-V3); kvlib leaves them out."""
+    return size({"num_nextn_predict_layers": 0} | config, "num_nextn_predict_layers", least=0)
+
+
 def _architecture(config: dict[str, Any]) -> str:
     names = config.get("architectures") or []
     if not names:  # a config that was never saved with a model says only its type

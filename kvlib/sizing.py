@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
 from kvlib.codecs import Codec, Split
-from kvlib.comparison import Comparison, compare_strategies
+from kvlib.comparison import HEADER, STRATEGIES, Comparison, Strategy, compare_strategies, human_bytes
 from kvlib.eviction import Policy
 from kvlib.footprint import Footprint, footprint, model_footprint
 from kvlib.registry import Model, ModelLike, find, registry
@@ -19,11 +19,17 @@ from kvlib.spec import CacheSpec
 
 __all__ = [
     "CONTEXTS",
+    "HEADER",
+    "LONGEST",
+    "STRATEGIES",
     "Comparison",
     "Footprint",
+    "Saving",
+    "Strategy",
     "bytes_by_context",
     "compare_strategies",
     "find",
+    "human_bytes",
     "kv_cache_bytes",
     "max_batch",
     "max_context",
@@ -49,7 +55,8 @@ def kv_cache_bytes(
     """Bytes of everything that the caches of a model hold for ``batch`` sequences of ``tokens`` tokens.
 
     For a `CacheSpec` that is exactly `KVCache(spec, batch, max_tokens=tokens, …).nbytes`: numbers, scales, free places,
-    tables. `model_footprint` tells them apart, and names the figure that papers print.
+    tables. Where a policy evicts, ``max_tokens`` is the least that decoding needs, unless you say how much.
+    `model_footprint` tells the parts apart; its ``payload`` is the figure that papers print.
 
     Args:
         model_or_spec: a name of the registry, a path to a Hugging Face config.json, its contents, a spec, or a `Model`.
