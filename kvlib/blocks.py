@@ -73,6 +73,13 @@ class BlockPool:
         self._free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
 
+    def drain(self) -> None:
+        """Let the index give up all blocks that it alone holds, and hand out free ones in the order of ids again."""
+        if self.num_free < len(self) and self.reclaim is not None:
+            self.reclaim(len(self) - self.num_free)
+        free = np.flatnonzero(self.refs == 0)[::-1]
+        self._free[: self.num_free] = free
+
     def in_use(self, ids: Iterable[int], what: str) -> np.ndarray:
         """``ids`` as an array. Raises ValueError, which says that one cannot ``what`` them, if one of them is free."""
         ids = np.asarray(ids, np.int64).reshape(-1)

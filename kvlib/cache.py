@@ -9,7 +9,8 @@ import numpy as np
 
 from kvlib.arrays import Array, check_float, get_backend
 from kvlib.attention import with_sinks
-from kvlib.checks import check_shape, checked_policy, checked_size, whole_groups
+from kvlib.blocks import BlockPool
+from kvlib.checks import check_shape, checked_policy, checked_sinks, checked_size, whole_groups
 from kvlib.codecs import Codec, Split, get_codec
 from kvlib.eviction import Policy
 from kvlib.reading import read_tokens
@@ -68,6 +69,10 @@ class KVCache:
         enough = max(self.batch, 1) * self._max_blocks
         self.num_blocks = enough if num_blocks is None else checked_size("num_blocks", num_blocks)
         self._storage = BlockStorage(spec, self.num_blocks, self.block_size, self.codec, self.backend)
+        # not a method of self: a circle of references would keep the arrays alive until the garbage collector comes
+        sizes = spec, self.codec, self.eviction, self._max_blocks, self.block_size
+        new_table = functools.partial(Table.empty, *sizes, self.backend)
+        self._tables = BlockTables(BlockPool(self.num_blocks), self.block_size, new_table)
         self.reset()
 
     def __repr__(self) -> str:
@@ -85,6 +90,11 @@ class KVCache:
         return {seq: table.length for seq, table in self._tables.open_tables.items()}
 
     @property
+    def pool(self) -> BlockPool:
+        """Who holds which block: what an index of `kvlib.prefix` is built on."""
+        return self._tables.pool
+
+    @property
     def num_free_blocks(self) -> int:
         return self._tables.pool.num_free
 
@@ -93,7 +103,8 @@ class KVCache:
         """Bytes of every array the cache holds: planes, reference counts, free list; of every open sequence the block
         table, the lengths, the exact tail, and what eviction knows of its slots.
         """
-        return sum(array.nbytes for array in itertools.chain(self._storage.arrays(), self._tables.arrays()))
+        arrays = itertools.chain(self._storage.arrays(), self._tables.arrays())
+        return sum({id(array): array.nbytes for array in arrays}.values())  # forks share the queries to look back with
 
     @property
     def nbytes_used(self) -> int:
@@ -111,11 +122,27 @@ class KVCache:
         """Start a sequence and return its id. An empty one takes no block until something is appended.
 
         ``blocks``: ids of full blocks in use, which become its first tokens in every layer, shared with whoever holds
-        them (`kvlib.prefix`). Raises ValueError if one is free, or if the cache evicts: its blocks have no fixed place.
+        them (`kvlib.prefix`). A codec with an exact tail has none of theirs, so leave out blocks of the last
+        ``residual`` tokens. Raises ValueError if one is free, or if the cache evicts: its blocks have no fixed place.
         """
         if len(blocks) and self.eviction:
-            raise ValueError(f"a cache with {self.eviction} cannot start upon blocks: what they hold moves about")
+            raise ValueError(f"a cache with {self.eviction} cannot start upon blocks, for what they hold may move")
         return self._tables.open(blocks)
+
+    def computed(self, seq: int) -> int:
+        """Tokens from the beginning of ``seq`` that lie in blocks in every layer: what may be published of it."""
+        return 0 if self.eviction else int(self._tables[seq].stored.min())
+
+    def adopt(self, seq: int, blocks: SequenceOf[int]) -> None:
+        """Let ``seq`` begin with ``blocks``, which hold the same tokens as its own first ones, and release those.
+
+        What `PrefixIndex.insert` found to be there twice is kept once. Raises ValueError if one is free, or there are
+        more of them than of complete blocks.
+        """
+        if len(blocks) > self.computed(seq) // self.block_size:
+            had = f"sequence {seq} has {self.computed(seq)} computed tokens"
+            raise ValueError(f"{had}, too few to adopt {len(blocks)} blocks of {self.block_size}")
+        self._tables.adopt(seq, blocks)
 
     def fork(self, seq: int) -> int:
         """A new sequence with the same tokens. The two share every block; who writes into a shared one copies it."""
@@ -137,11 +164,11 @@ class KVCache:
         self._tables.close(seq)
 
     def reset(self) -> None:
-        """Back to the state after construction: every block free, ``batch`` empty sequences with ids 0 … batch-1."""
-        sizes = self.spec, self.codec, self.eviction, self._max_blocks, self.block_size
-        # not a method of self: a circle of references would keep the arrays alive until the garbage collector comes
-        new_table = functools.partial(Table.empty, *sizes, self.backend)
-        self._tables = BlockTables(self.num_blocks, self.block_size, new_table)
+        """Back to the state after construction: every block free, ``batch`` empty sequences with ids 0 … batch-1.
+
+        A prefix index forgets its blocks too, unless somebody but it holds some: those, and their contents, stay.
+        """
+        self._tables.reset()
         for _ in range(self.batch):
             self.open()
 
@@ -202,7 +229,7 @@ class KVCache:
         rules += self.eviction.rules() if self.eviction else ()
         sights = [Sight(int(table.seen[layer]), tokens, rules) for table in tables.values()]
         if sinks is not None:
-            sinks = self._checked_sinks(sinks, heads, dtype)
+            sinks = checked_sinks(sinks, heads, self.spec.num_kv_heads, self.backend, dtype)
         scaled = self.backend.astype(q, dtype) * (1 / math.sqrt(width) if scale is None else float(scale))
         rows = scaled.reshape(batch, self.spec.num_kv_heads, -1, width)  # query heads of one KV head become its rows
         with self.backend.exact():
@@ -245,10 +272,3 @@ class KVCache:
         check_float(name, x, self.backend)
         check_shape(name, x, batch, heads, self.spec.num_kv_heads, width)
         return self.backend.detach(x)
-
-    def _checked_sinks(self, sinks: Array, heads: int, dtype: str) -> Array:
-        """``sinks`` (Hq,) as (Hkv, group) in ``dtype``."""
-        check_float("sinks", sinks, self.backend)
-        if tuple(sinks.shape) != (heads,):
-            raise ValueError(f"sinks must be ({heads},), a number for each query head; got {tuple(sinks.shape)}")
-        return self.backend.astype(self.backend.detach(sinks), dtype).reshape(self.spec.num_kv_heads, -1)

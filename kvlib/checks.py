@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from kvlib.arrays import Array
+from kvlib.arrays import Array, Backend, check_float
 from kvlib.codecs import Split
 from kvlib.eviction import Policy
 
@@ -36,6 +36,14 @@ def checked_policy(eviction: Policy | None, codec: Split) -> Policy | None:
         raise TypeError(f"eviction must be None or a kvlib.eviction.Policy like SlidingWindow(64); got {eviction!r}")
     eviction.check(codec.tail)
     return eviction
+
+
+def checked_sinks(sinks: Array, heads: int, num_kv_heads: int, backend: Backend, dtype: str) -> Array:
+    """Learned sinks (Hq,) as (Hkv, group) in ``dtype``."""
+    check_float("sinks", sinks, backend)
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), a number for each query head; got {tuple(sinks.shape)}")
+    return backend.astype(backend.detach(sinks), dtype).reshape(num_kv_heads, -1)
 
 
 def check_shape(name: str, x: Array, batch: int, heads: int | None, num_kv_heads: int, width: int) -> None:

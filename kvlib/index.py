@@ -5,7 +5,7 @@ Two ways of looking them up are built on it, see `kvlib.prefix`.
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,9 +45,9 @@ class PrefixIndex(ABC):
         self._below = np.zeros(len(pool), np.int32)  # how many published blocks continue it; 0: a leaf
         self._used = np.zeros(len(pool), np.int64)  # the time of its last match or insert; never less than below it
         self._clock = 0
-        # Every leaf is queued once, with a time that may have passed since: whoever takes it out looks again.
+        # A heap of (time, block), one for each leaf. Either may be out of date: the leaf was used since, or has got a
+        # block below it. Looking is cheap when it is taken out; keeping the heap up to date with every match is not.
         self._queue: list[tuple[int, int]] = []
-        self._queued = np.zeros(len(pool), bool)
         pool.reclaim = self._reclaim
 
     def __repr__(self) -> str:
@@ -114,7 +114,7 @@ class PrefixIndex(ABC):
             raise ValueError(
                 f"{length} tokens have {complete} complete blocks of {self.block_size}, got {len(keys)} keys"
             )
-        found = self._find(keys[: max(0, length - 1) // self.block_size])
+        found = self._find(keys[: (length - 1) // self.block_size])
         self._touch(found)
         return found
 
@@ -132,6 +132,7 @@ class PrefixIndex(ABC):
         if elsewhere or len(set(own)) < count:
             raise ValueError(f"cannot publish {own}: named twice, or published for other tokens: {elsewhere}")
 
+        self._touch(found + new)
         if new:
             above = found[-1] if found else -1
             self._link(above, keys[len(found) : count], new)
@@ -140,8 +141,7 @@ class PrefixIndex(ABC):
             self._above[new] = [above, *new[:-1]]
             self._below[new[:-1]] = 1
             self._below[found[-1:]] += 1
-        self._touch(found + new)
-        self._wait(new[-1:])
+            self._wait(new[-1])
         return Published(found + new, new, duplicates)
 
     # -- eviction ----------------------------------------------------------------------------------------------------
@@ -157,13 +157,12 @@ class PrefixIndex(ABC):
         freed, held = [], []
         while self._queue and len(freed) < count:
             used, block = heapq.heappop(self._queue)
-            self._queued[block] = False
             if self._below[block]:
-                continue  # no leaf any more; the last block below it puts it back
+                continue  # it comes back when the last block below it goes
             if self.pool.refs[block] > 1:
                 held.append(block)
             elif used < self._used[block]:
-                self._wait([block])
+                self._wait(block)
             else:
                 freed.append(block)
                 self._unlink(block)
@@ -171,8 +170,10 @@ class PrefixIndex(ABC):
                 above = int(self._above[block])
                 if above >= 0:
                     self._below[above] -= 1
-                    self._wait([above] if self._below[above] == 0 else [])
-        self._wait(held)
+                    if not self._below[above]:
+                        self._wait(above)
+        for block in held:
+            self._wait(block)
         self.pool.release(freed)
         return len(freed)
 
@@ -184,11 +185,8 @@ class PrefixIndex(ABC):
         self._clock += 1
         self._used[path] = self._clock
 
-    def _wait(self, leaves: Iterable[int]) -> None:
-        for leaf in leaves:
-            if not self._queued[leaf]:
-                heapq.heappush(self._queue, (int(self._used[leaf]), leaf))
-                self._queued[leaf] = True
+    def _wait(self, leaf: int) -> None:
+        heapq.heappush(self._queue, (int(self._used[leaf]), leaf))
 
     # -- how keys are looked up --------------------------------------------------------------------------------------
 

@@ -78,8 +78,8 @@ class Table:
 class BlockTables:
     """The open sequences of a cache over one `BlockPool`. Ids of sequences are not used twice."""
 
-    def __init__(self, num_blocks: int, block_size: int, new_table: Callable[[], Table]) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(self, pool: BlockPool, block_size: int, new_table: Callable[[], Table]) -> None:
+        self.pool = pool
         self.block_size, self.new_table = block_size, new_table
         self.open_tables: dict[int, Table] = {}
         self._next_id = 0
@@ -105,6 +105,21 @@ class BlockTables:
             table.ids[: len(blocks)], table.num_blocks = blocks, len(blocks)
             table.seen[:] = table.stored[:] = len(blocks) * self.block_size
         return self._add(table)
+
+    def adopt(self, seq: int, blocks: SequenceOf[int]) -> None:
+        """Put ``blocks`` in the place of the first ones of ``seq``, which it gives up."""
+        table = self[seq]
+        self.pool.share(blocks)
+        own = table.ids[: len(blocks)].copy()
+        table.ids[: len(blocks)] = blocks
+        self.pool.release(own)
+
+    def reset(self) -> None:
+        """No sequences, and their blocks back in the pool, which its index empties if nobody else holds blocks."""
+        for seq in list(self.open_tables):
+            self.close(seq)
+        self.pool.drain()
+        self._next_id = 0
 
     def fork(self, seq: int) -> int:
         """A sequence with the same blocks, each of which now has one holder more."""

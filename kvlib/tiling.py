@@ -1,5 +1,6 @@
 """Who cuts the tiles: attention over stored sequences, tile by tile, on as many threads as help."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -155,11 +156,13 @@ class Reader:
         storage, strip = self.storage, self.cut.strip
         codec = storage.codec
         k = storage.gather("k", self.layer, self.table.ids, lo, hi)
-        if storage.spec.latent:  # V is a view of K
-            mix_values = lambda weights: codec.k.mix(weights, k, strip)[..., : storage.spec.latent]  # noqa: E731
-        else:
-            v = storage.gather("v", self.layer, self.table.ids, lo, hi)
-            mix_values = lambda weights: codec.v.mix(weights, v, strip)  # noqa: E731
+
+        def mix_values(weights: Array) -> Array:
+            if storage.spec.latent:  # V is a view of K
+                return codec.k.mix(weights, k, strip)[..., : storage.spec.latent]
+            # not before it is wanted: `mass` has no use for it
+            return codec.v.mix(weights, storage.gather("v", self.layer, self.table.ids, lo, hi), strip)
+
         return Tile(slice(lo, hi), lambda q: codec.k.scores(q, k, strip), mix_values, bias)
 
 
@@ -179,8 +182,9 @@ def attend_sequences(
 
     def attend_span(span: tuple[int, int, int]) -> list[Partial]:
         index, start, stop = span
-        partials = [tile.attend(q[index]) for tile in readers[index].blocks(start, stop)]
-        return [fold(partials)] if partials else []
+        partials = (tile.attend(q[index]) for tile in readers[index].blocks(start, stop))
+        first = next(partials, None)  # one after another: all at once would take memory in the square of the length
+        return [] if first is None else [fold(itertools.chain([first], partials))]
 
     found = storage.backend.map(attend_span, spans) if cut.pieces else map(attend_span, spans)
     partials: list[list[Partial]] = [[] for _ in readers]

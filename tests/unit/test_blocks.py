@@ -48,6 +48,31 @@ def test_too_many(count):
     assert len(pool.allocate(3)) == 3
 
 
+@pytest.mark.parametrize("given_back", [0, 1, 2, 3])
+def test_who_keeps_blocks_is_asked_for_those_that_are_missing(given_back):
+    """Once, with their number, and not while there are enough; too few or none, and the pool gives nothing out."""
+    pool, asked = BlockPool(7), []
+    pool.allocate(3)
+
+    def reclaim(missing: int) -> None:
+        asked.append(missing)
+        pool.release(range(given_back))
+
+    pool.reclaim = reclaim
+    assert pool.allocate(4).tolist() == [3, 4, 5, 6]
+    pool.release([5, 6])
+    assert asked == []
+    if given_back < 2:
+        with pytest.raises(CacheFull) as info:
+            pool.allocate(4)
+        assert (info.value.needed, info.value.free) == (4, 2 + given_back)
+        assert held(pool) == dict.fromkeys(range(given_back, 5), 1)
+    else:
+        assert set(pool.allocate(4).tolist()) <= {*range(given_back), 5, 6}
+        assert pool.num_free == given_back - 2
+    assert asked == [2]
+
+
 def test_a_negative_number_of_blocks():
     pool = BlockPool(5)
     with pytest.raises(ValueError, match="-1"):

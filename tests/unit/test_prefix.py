@@ -195,6 +195,10 @@ def test_bad_inserts_change_nothing(index_class):
         with pytest.raises(ValueError, match=says):
             index.insert(tokens, given, computed)
         assert state(index) == before
+    for keys, given, computed in [([1], mine, 8), ([1], mine, -1), ([1, 2], mine[:1], 8)]:
+        with pytest.raises(ValueError, match=rf"got {len(keys)} keys and {len(given)} blocks"):
+            index.insert_keys(keys, given, computed)
+        assert state(index) == before
     assert index.match([*A, *C, 1]) == blocks[:1]
     assert index.match([*C, *D, 1]) == []
 
@@ -273,6 +277,15 @@ def test_what_is_held_stays_with_all_above_it(index_class):
 
 
 @BOTH
+def test_blocks_that_are_not_published_do_not_count(index_class):
+    pool, index = build(index_class)
+    serve(index, A + B)
+    fork = pool.allocate(2)
+    pool.share(fork)
+    assert (index.num_blocks, index.evictable, index.protected) == (2, 2, 0)
+
+
+@BOTH
 @pytest.mark.parametrize("count", [0, -1])
 def test_nothing_to_evict(index_class, count):
     _, index = build(index_class)
@@ -310,6 +323,20 @@ def test_eviction_looks_at_leaves_not_at_blocks(index_class, monkeypatch):
 
 
 # -- the pool asks -----------------------------------------------------------------------------------------------------
+
+
+def test_the_pool_asks_for_what_is_missing_and_only_then():
+    pool, asked = BlockPool(5), []
+    pool.reclaim = asked.append
+    pool.allocate(2)
+    pool.allocate(3)
+    assert asked == []
+    with pytest.raises(CacheFull):
+        pool.allocate(2)
+    pool.release([0])
+    with pytest.raises(CacheFull):
+        pool.allocate(3)
+    assert asked == [2, 2]
 
 
 @BOTH

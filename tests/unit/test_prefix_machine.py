@@ -172,6 +172,10 @@ class World:
     def squat(self, count: int) -> None:
         self.others += self.take(count) or []
 
+    def fork(self, request: Request) -> None:
+        self.pool.share(request.blocks)
+        self.others += request.blocks
+
     def leave(self) -> None:
         self.pool.release(self.others)
         self.others = []
@@ -259,7 +263,7 @@ class PrefixMachine(RuleBasedStateMachine):
             if not stay:
                 self.world.finish(request)
 
-    @rule(pick=PICK, more=TOKENS, remap=st.booleans(), end=st.sampled_from([None, 0, 1, 2]))
+    @rule(pick=PICK, more=TOKENS, remap=st.booleans(), end=st.sampled_from([None, 0, 1, 2, 3]))
     def go_on(self, pick, more, remap, end):
         if self.world.requests:
             request = self.world.requests[pick % len(self.world.requests)]
@@ -268,6 +272,8 @@ class PrefixMachine(RuleBasedStateMachine):
             self.world.publish(request, remap)
             if end == 0:
                 self.world.finish(request)
+            elif end == 3:
+                self.world.fork(request)
             elif end is not None:
                 self.world.finish_but_keep_the_end(request, end)
 
@@ -331,7 +337,7 @@ def test_a_long_day(index_class, size):
             world.compute(request, 2 * number)
             world.publish(request, remap=number % 3 == 0)
         elif request is not None and act == 9:
-            world.finish_but_keep_the_end(request, 1 + number % 3)
+            world.finish_but_keep_the_end(request, 1 + number % 3) if number % 4 else world.fork(request)
         elif request is not None:
             world.finish(request)
         world.check()
