@@ -21,6 +21,7 @@ __all__ = [
     "CacheFull",
     "CacheSpec",
     "Float8",
+    "GroupedCache",
     "HeavyHitter",
     "Int",
     "KVCache",
@@ -34,7 +35,12 @@ __all__ = [
     "tinylm",
 ]
 
-_LATE = {"Transformer": "kvlib.model", "tinylm": "kvlib.generation", "generate": "kvlib.generation"}
+_LATE = {
+    "GroupedCache": "kvlib.groups",
+    "Transformer": "kvlib.model",
+    "tinylm": "kvlib.generation",
+    "generate": "kvlib.generation",
+}
 
 
 def __getattr__(name: str):

@@ -47,7 +47,7 @@ def generate(
             give you get: ids for ids, bytes for bytes, and for text pieces of text, never half a character.
         max_new_tokens: the most tokens to generate.
         cache: None builds a contiguous cache that fits, with `Transformer.new_cache`. A cache with one open sequence
-            is continued: the prompt goes behind what it holds, and at the end it holds all but the last token generated.
+            is continued: the prompt goes behind what it holds, and at the end it holds all but the last token.
             False uses no cache: every step computes the whole sequence again.
         temperature: 0 takes the most likely token; above, logits are divided by it and a token is drawn.
         top_k: draw among the ``top_k`` most likely tokens only.

@@ -16,9 +16,8 @@ from kvlib.arrays import Array
 from kvlib.cache import KVCache
 from kvlib.codecs import get_codec
 from kvlib.eviction import SlidingWindow
-from kvlib.retention import make_room
 from kvlib.spec import CacheSpec
-from kvlib.tiling import Sight
+from kvlib.steps import evicted, reserve
 
 
 class GroupedCache:
@@ -68,7 +67,7 @@ class GroupedCache:
             num_blocks: blocks of the layers that see everything; those with a window get what ``batch`` sequences need.
             settings: ``block_size``, ``codec``, ``backend``, ``device`` of `KVCache`.
 
-        Raises ValueError: not one window to each layer of the spec; ``shared`` names no layer, or one of another window.
+        Raises ValueError: not one window to each layer of the spec, or ``shared`` pairs layers that cannot share.
         """
         shared = dict(shared or {})
         if len(windows) != spec.num_layers:
@@ -158,7 +157,7 @@ class GroupedCache:
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= length:
             raise ValueError(f"sequence {seq} holds {length} tokens: cannot truncate it to {n!r}")
         for group, cache in enumerate(self.caches):
-            if lost := _evicted(cache, seq, int(n)):
+            if lost := evicted(cache, seq, int(n)):
                 raise ValueError(
                     f"cannot truncate sequence {seq} to {n} tokens: layers {self._layers(group)} have evicted {lost} "
                     f"of those that position {n} would see; go back no further than the last step, or to 0"
@@ -190,19 +189,18 @@ class GroupedCache:
         """
         cache, local = self._place(layer)
         if (owner := self.places.index(self.places[layer])) != layer:
-            raise ValueError(f"layer {layer} shares the cache of layer {owner}: that one appends, this one only attends")
+            raise ValueError(f"layer {layer} shares the cache of layer {owner}: that one appends, this one attends")
         tables = cache._resolve(local, seqs)
         tokens = k.shape[2] if getattr(k, "ndim", 0) == 4 else 0  # the cache itself will refuse anything else
         ends = {seq: int(table.seen[local]) + tokens for seq, table in tables.items()}
-        reserved = [other for other in self.caches if other is not cache]
         try:
-            for other in reserved:
-                _reserve(other, ends)
+            for each in self.caches:
+                reserve(each, ends)
             cache.append(k, v, layer=local, seqs=seqs)
         except BaseException:
-            for other in reserved:
+            for each in self.caches:
                 for seq in ends:
-                    other._tables.trim(other._tables[seq])
+                    each._tables.trim(each._tables[seq])
             raise
 
     def attend(
@@ -238,43 +236,3 @@ class GroupedCache:
         if len(set(ids)) > 1:
             raise RuntimeError(f"the groups have drifted apart, their new sequences are {ids}: use no group by itself")
         return ids[0]
-
-
-def _reserve(cache: KVCache, ends: dict[int, int]) -> None:
-    """Take the blocks that sequences need to become ``ends`` tokens long, as the first layer of a step does.
-
-    Raises ValueError or CacheFull, and changes nothing, if they cannot. Where they are that long already, it is done.
-    """
-    tables, starts, stops = [], [], []
-    for seq, end in ends.items():
-        table = cache._tables[seq]
-        layer, tokens = int(table.seen.argmax()), end - table.length
-        if tokens <= 0:
-            continue
-        room = make_room(cache._storage, table, layer, tokens, cache.eviction)
-        held = room.stored + int(table.waiting[layer])
-        if held + tokens > cache.max_tokens:
-            raise ValueError(
-                f"sequence {seq} holds {held} tokens in another group: {tokens} more would exceed its "
-                f"max_tokens={cache.max_tokens}; feed a long prompt in steps of at most max_step tokens, or build the "
-                f"cache with a larger chunk or max_tokens"
-            )
-        tables.append(table)
-        starts.append(room.start)
-        stops.append(held + tokens)
-    cache._tables.reserve(tables, starts, stops, cache._storage.copy)
-
-
-def _evicted(cache: KVCache, seq: int, n: int) -> int:
-    """How many of the tokens that position ``n`` would see through the windows of ``cache`` it holds no longer."""
-    if cache.eviction is None or not cache.eviction.rules():
-        return 0
-    table, unit, lost = cache._tables[seq], cache.codec.group, 0
-    needed = np.flatnonzero(Sight(n + 1, 1, cache.eviction.rules()).visible(np.arange(n))[0])
-    for layer in np.flatnonzero(table.seen > n):
-        seen, waiting = int(table.seen[layer]), int(table.waiting[layer])
-        units = table.slots.positions[layer, 0]  # windows are alike in all heads
-        stored = (units[units >= 0, None] + np.arange(unit)).ravel()
-        held = np.concatenate([stored, np.arange(seen - waiting, seen)])
-        lost = max(lost, int((~np.isin(needed, held)).sum()))
-    return lost

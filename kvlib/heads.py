@@ -4,7 +4,7 @@ Both are ``heads(x, w, config, angles, recall)``: activations (B, T, hidden_size
 angles of its rotations, and a `Recall` that stores what is new and attends over everything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvlib.arrays import Array, backend_of
@@ -13,13 +13,14 @@ from kvlib.config import ModelConfig
 from kvlib.ops import Weights, join_heads, linear, rms_norm, split_heads
 from kvlib.rope import rotate
 
+LATENT_EPS = 1e-6  # of the two norms inside latent attention, whatever rms_norm_eps says: so in transformers
 Angles = tuple[Array, Array]  # cos and sin, each (B, 1, T, columns / 2)
 
 
 class Recall(NamedTuple):
     """What one layer remembers: k and v go in, and q is answered from all that is there.
 
-    cache: a KVCache or anything with its ``append`` and ``attend``; None attends the new tokens alone.
+    cache: a KVCache or anything with its ``append`` and ``attend``; `Forgetful` where a model runs without one.
     window: a query sees its own position and the ``window`` - 1 before it; None sees all.
     """
 
@@ -89,14 +90,8 @@ def latent_heads(x: Array, w: Weights, config: ModelConfig, angles: Angles, reca
     return linear(join_heads(heads @ to_values.mT), w, "self_attn.o_proj")
 
 
-LATENT_EPS = 1e-6  # of the two norms inside, whatever rms_norm_eps says: so in transformers
-
-
 def _queries(x: Array, w: Weights, config: ModelConfig) -> Array:
     if config.latent.q_lora_rank is None:
         return linear(x, w, "self_attn.q_proj")
     latent = rms_norm(linear(x, w, "self_attn.q_a_proj"), w["self_attn.q_a_layernorm.weight"], LATENT_EPS)
     return linear(latent, w, "self_attn.q_b_proj")
-
-
-Heads = Callable[[Array, Weights, ModelConfig, Angles, Recall], Array]

@@ -20,6 +20,7 @@ from kvlib.groups import GroupedCache
 from kvlib.heads import Angles, Forgetful, Recall, grouped_heads, latent_heads
 from kvlib.ops import Weights, linear, rms_norm
 from kvlib.rope import cos_sin, frequencies
+from kvlib.settings import drafting_layers
 from kvlib.spec import CacheSpec
 
 
@@ -37,9 +38,8 @@ class Transformer:
         self._output = weights.get("lm_head.weight", self._embedding)  # absent when the two are tied
         self._attention = latent_heads if config.latent else grouped_heads
         turned = config.latent.qk_rope_head_dim if config.latent else config.head_dim
-        self._rope, self._local_rope = (
-            frequencies(rope, turned) for rope in (config.rope, config.local_rope or config.rope)
-        )
+        ropes = [frequencies(rope, turned) for rope in (config.rope, config.local_rope) if rope]
+        self._ropes = [(backend.asarray(turn), scale) for turn, scale in ropes]  # of layers without and with a window
 
     @classmethod
     def from_pretrained(
@@ -62,8 +62,7 @@ class Transformer:
         directory = Path(path)
         settings = checkpoint.read_config(directory)
         config = ModelConfig.from_dict(settings)
-        drafting = range(config.num_layers, config.num_layers + (settings.get("num_nextn_predict_layers") or 0))
-        spare = tuple(f"model.layers.{layer}." for layer in drafting)  # DeepSeek-V3 comes with layers that guess ahead
+        spare = tuple(f"model.layers.{config.num_layers + i}." for i in range(drafting_layers(settings)))
         weights = checkpoint.read_tensors(directory, config.tensor_shapes(), kind, dtype, spare)
         return cls(config, weights, kind, dtype)
 
@@ -146,11 +145,11 @@ class Transformer:
         return self.backend.astype(linear(x, {"output.weight": self._output}, "output"), "float32")
 
     def _run_layers(self, x: Array, positions: np.ndarray, cache: KVCache | None, seqs: list[int] | None) -> Array:
-        angles, local_angles = (self._angles(positions, rope) for rope in (self._rope, self._local_rope))
+        angles = [cos_sin(positions, turn, scale, self.backend) for turn, scale in self._ropes]
         cache = Forgetful(self.spec.latent) if cache is None else cache
         for layer, window in enumerate(self.config.windows):
             recall = Recall(cache, layer, seqs, window)
-            x = self._layer(x, layer, angles if window is None else local_angles, recall)
+            x = self._layer(x, layer, angles[0 if window is None else -1], recall)
         return x
 
     def _layer(self, x: Array, layer: int, angles: Angles, recall: Recall) -> Array:
@@ -165,10 +164,6 @@ class Transformer:
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_offset)
-
-    def _angles(self, positions: np.ndarray, rope: tuple[np.ndarray, float]) -> Angles:
-        turn, scale = rope
-        return cos_sin(positions, self.backend.asarray(turn), scale, self.backend)
 
     def _checked_tokens(self, tokens: Any) -> np.ndarray:
         ids = backend_of(tokens).to_numpy(tokens) if hasattr(tokens, "detach") else tokens

@@ -20,6 +20,8 @@ TYPES: dict[str, type] = {
     "use_sliding_window": bool,
     "norm_topk_prob": bool,
     "rope_interleave": bool,
+    "sliding_window": int,
+    "max_window_layers": int,
 }
 NULL_HAS_MEANING = ("sliding_window", "q_lora_rank")  # elsewhere null is as good as nothing
 

@@ -25,7 +25,14 @@ def draw(hq: int, hkv: int, t: int, s: int, d: int, dv: int, batch: int = 2) -> 
     return tuple(2 * rng.standard_normal(shape) for shape in shapes)
 
 
-def slow_float64(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None) -> np.ndarray:
+def slow_float64(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
     """One query at a time, one head at a time, straight from the definition."""
     batch, hq, t, d = q.shape
     hkv, s = k.shape[1:3]
@@ -33,9 +40,11 @@ def slow_float64(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | Non
     out = np.empty((batch, hq, t, v.shape[-1]))
     for b, h, i in np.ndindex(batch, hq, t):
         seen = s - t + i + 1  # the last query sees everything: the mask's corner is at the lower right
-        scores = k[b, h // (hq // hkv), :seen] @ q[b, h, i] * scale
-        weights = np.exp(scores - scores.max())
-        out[b, h, i] = weights @ v[b, h // (hq // hkv), :seen] / weights.sum()
+        visible = slice(0 if window is None else max(0, seen - window), seen)
+        scores = k[b, h // (hq // hkv), visible] @ q[b, h, i] * scale
+        weights = np.exp(scores)
+        drained = 0 if sinks is None else np.exp(sinks[h])
+        out[b, h, i] = weights @ v[b, h // (hq // hkv), visible] / (weights.sum() + drained)
     return out
 
 
@@ -92,3 +101,16 @@ def test_dense_without_mask(torch):
     q, k, v = (torch.from_numpy(x.astype(np.float32)) for x in draw(4, 2, 7, 40, 16, 16))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     assert relative(dense(q, k, v, causal=False).numpy(), expected.numpy()) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["no-sinks", "sinks"])
+@pytest.mark.parametrize("window", [None, 1, 5, 1000])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4]], ids=["decode", "prefill", "chunk"])
+def test_windows_and_sinks(shape, window, sinks, backend, torch):
+    q, k, v = (x.astype(np.float32) for x in draw(*shape))
+    sinks = np.linspace(-2, 8, shape[0], dtype=np.float32) if sinks else None  # from no matter to most of the weight
+    expected = slow_float64(*(x.astype(np.float64) for x in (q, k, v)), window=window, sinks=sinks)
+    if backend == "torch":
+        q, k, v, sinks = (x if x is None else torch.from_numpy(x) for x in (q, k, v, sinks))
+    assert relative(np.asarray(dense(q, k, v, window=window, sinks=sinks)), expected) <= 2e-6
