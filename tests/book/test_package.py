@@ -1,5 +1,6 @@
 """`pip install .` gives a working kvlib: its data files are in it, and NumPy is enough to import it."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -44,3 +45,15 @@ def test_wheel_imports_with_numpy_alone(wheel, tmp_path):
     assert run.returncode == 0, run.stderr
     where, heavy = json.loads(run.stdout)
     assert where.startswith(str(tmp_path)) and heavy == []
+
+
+def test_the_code_of_the_readme_runs(root, capsys):
+    """As a newcomer would paste it: both pieces, one after the other."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    pieces = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(pieces) == 2
+    names: dict = {}
+    for piece in pieces:
+        exec(piece, names)
+    assert names["out"].shape == (1, 8, 1, 64)
+    assert "KIVI-2" in capsys.readouterr().out
