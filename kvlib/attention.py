@@ -28,8 +28,9 @@ class Partial(NamedTuple):
     o: Array
 
     def normalise(self) -> Array:
-        """The attention output, (..., R, Dv)."""
-        return self.o / self.l
+        """The attention output, (..., R, Dv); zero where a row has seen nothing."""
+        xp = backend_of(self.l).xp
+        return self.o / xp.where(self.l == 0, xp.ones_like(self.l), self.l)
 
 
 def attend_tile(q: Array, k: Array, v: Array, bias: Array | None = None, strip: int = 0) -> Partial:
@@ -104,7 +105,8 @@ def mass(scores: Array, whole: Partial) -> Array:
     """
     scores -= _finite(whole.m)
     weights = backend_of(scores).exp_(scores)
-    return backend_of(scores).xp.sum(weights / whole.l, axis=-2)
+    xp = backend_of(scores).xp
+    return xp.sum(weights / xp.where(whole.l == 0, xp.ones_like(whole.l), whole.l), axis=-2)
 
 
 def with_sinks(whole: Partial, sinks: Array) -> Partial:

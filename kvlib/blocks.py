@@ -81,8 +81,13 @@ class BlockPool:
         self._free[: self.num_free] = free
 
     def in_use(self, ids: Iterable[int], what: str) -> np.ndarray:
-        """``ids`` as an array. Raises ValueError, which says that one cannot ``what`` them, if one of them is free."""
-        ids = np.asarray(ids, np.int64).reshape(-1)
+        """``ids`` as a flat array. Raises ValueError, which says that one cannot ``what`` them, if one of them is free,
+        or they are no list of integers.
+        """
+        given = np.asarray(ids)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise ValueError(f"cannot {what} blocks {given.tolist()}: their ids must be a flat list of integers")
+        ids = given.astype(np.int64)
         if np.any((ids < 0) | (ids >= len(self))):
             raise ValueError(f"cannot {what} blocks {ids.tolist()}: ids run from 0 to {len(self) - 1}")
         if np.any(self.refs[ids] == 0):

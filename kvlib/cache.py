@@ -15,11 +15,12 @@ from kvlib.codecs import Codec, Split, get_codec
 from kvlib.eviction import Policy
 from kvlib.reading import read_tokens
 from kvlib.retention import observe
+from kvlib.rollback import truncate
 from kvlib.spec import CacheSpec
 from kvlib.storage import BlockStorage
 from kvlib.tables import BlockTables, Table
 from kvlib.tiling import Sight, attend_sequences
-from kvlib.writing import append, truncate
+from kvlib.writing import append
 
 
 class KVCache:
@@ -151,8 +152,9 @@ class KVCache:
     def truncate(self, seq: int, n: int) -> None:
         """Forget all but the first ``n`` tokens, in every layer; blocks that become empty return to the pool.
 
-        What was evicted stays away. A token group that the cut goes through is decoded into the tail, with the error
-        that its codec left in it. Raises ValueError if such a group was evicted, or ``n`` is more than there are.
+        Within the last append that is exact. A cut through a token group before it decodes the group into the tail,
+        with the error that its codec left in it; what was evicted stays away. Raises ValueError if such a group was
+        evicted, or ``n`` is more than there are.
         """
         table = self._tables[seq]
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= table.length:
@@ -227,7 +229,7 @@ class KVCache:
         dtype = "float64" if self.backend.dtype_name(q) == "float64" else "float32"
         rules = () if window is None else ((checked_size("window", window), 0),)
         rules += self.eviction.rules() if self.eviction else ()
-        sights = [Sight(int(table.seen[layer]), tokens, rules) for table in tables.values()]
+        sights = [Sight.of(self._storage, layer, table, tokens, rules) for table in tables.values()]
         if sinks is not None:
             sinks = checked_sinks(sinks, heads, self.spec.num_kv_heads, self.backend, dtype)
         scaled = self.backend.astype(q, dtype) * (1 / math.sqrt(width) if scale is None else float(scale))

@@ -2,16 +2,15 @@
 
 import math
 
-import numpy as np
-
 from kvlib.arrays import Array, Backend, check_float
 from kvlib.codecs import Split
 from kvlib.eviction import Policy
+from kvlib.spec import is_whole
 
 
 def checked_size(name: str, value: int, least: int = 1) -> int:
     """``value`` as an int. Raises ValueError unless it is an integer of at least ``least``."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
 
@@ -32,8 +31,12 @@ def checked_policy(eviction: Policy | None, codec: Split) -> Policy | None:
     """``eviction`` if it is None or a policy whose budget can hold the codec's tail."""
     if eviction is None:
         return None
-    if isinstance(eviction, type) or not callable(getattr(eviction, "score", None)):
+    if not isinstance(eviction, Policy):
         raise TypeError(f"eviction must be None or a kvlib.eviction.Policy like SlidingWindow(64); got {eviction!r}")
+    kind = type(eviction).__name__
+    checked_size(f"{kind}.budget", getattr(eviction, "budget", None))
+    if eviction.observe is not None:
+        checked_size(f"{kind}.observe", eviction.observe, least=0)
     eviction.check(codec.tail)
     return eviction
 

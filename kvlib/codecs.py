@@ -11,7 +11,7 @@ from kvlib.integers import Int
 from kvlib.minifloat import MXFP4, NVFP4, Float8
 from kvlib.planes import Codec, Plane, Planes
 from kvlib.rotation import Rotated
-from kvlib.spec import FLOAT_BYTES
+from kvlib.spec import FLOAT_BYTES, is_whole
 
 __all__ = [
     "KIVI",
@@ -81,8 +81,9 @@ class Split:
     def __post_init__(self) -> None:
         for side in (self.k, self.v):
             _check_codec(side)
-        if not isinstance(self.residual, int) or isinstance(self.residual, bool) or self.residual < 0:
+        if not is_whole(self.residual) or self.residual < 0:
             raise ValueError(f"residual must be a number of tokens, 0 or more, got {self.residual!r}")
+        object.__setattr__(self, "residual", int(self.residual))
         if self.k.group % self.v.group and self.v.group % self.k.group:
             raise ValueError(f"token groups of K ({self.k.group}) and V ({self.v.group}): one must divide the other")
         if not self.name:

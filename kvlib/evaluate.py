@@ -67,9 +67,8 @@ def text_bits(
     The mean is the bits per byte. Every row of ids starts with an empty cache.
 
     Args:
-        chunk: tokens that are appended at once. 1 is what decoding does. More is faster, and changes nothing for
-            codecs without a tail; an exact tail begins up to ``chunk`` - 1 tokens too late for the chunk's first
-            query, and an evicting cache lets its last one see as many too many.
+        chunk: tokens that are appended at once. 1 is what decoding does. More is faster, and changes nothing but
+            rounding unless tokens are evicted: then the last query of a chunk sees up to ``chunk`` - 1 too many.
         prompt: tokens that are appended whole before that, and not counted; the token after them comes alone, which
             is when `SnapKV` chooses.
         batch: rows of ids that are computed together.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvlib.arrays import Array
+from kvlib.spec import is_whole
 
 
 class Policy:
@@ -70,8 +71,8 @@ class SlidingWindow(Policy):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("SlidingWindow.window", self.window, 1)
-        _check_count("SlidingWindow.sinks", self.sinks, 0)
+        _set_count(self, "window", 1)
+        _set_count(self, "sinks", 0)
 
     @property
     def budget(self) -> int:
@@ -102,8 +103,9 @@ class HeavyHitter(Policy):
     observe: None = None
 
     def __post_init__(self) -> None:
-        _check_count("HeavyHitter.budget", self.budget, 2)
-        _check_count("HeavyHitter.recent", self.recent if self.recent is not None else 1, 1, most=self.budget)
+        _set_count(self, "budget", 2)
+        if self.recent is not None:
+            _set_count(self, "recent", 1, most=self.budget)
 
     def score(self, positions: np.ndarray, mass: np.ndarray, length: int) -> np.ndarray:
         recent = self.budget // 2 if self.recent is None else self.recent
@@ -124,9 +126,9 @@ class SnapKV(Policy):
     once: bool = True
 
     def __post_init__(self) -> None:
-        _check_count("SnapKV.budget", self.budget, 2)
-        _check_count("SnapKV.window", self.window, 1, most=self.budget)
-        _check_count("SnapKV.kernel", self.kernel, 1)
+        _set_count(self, "budget", 2)
+        _set_count(self, "window", 1, most=self.budget)
+        _set_count(self, "kernel", 1)
         if self.kernel % 2 == 0:
             raise ValueError(f"SnapKV.kernel must be odd, so that it has a middle; got {self.kernel}")
 
@@ -142,9 +144,10 @@ class SnapKV(Policy):
 
 
 class Recent(NamedTuple):
-    """Queries to look back with: q (Hkv, group, n, D), scaled, of the last n positions, and what they may see."""
+    """Queries to look back with: q (Hkv, group, n, D), scaled, the last n of ``length`` positions; what they may see."""
 
     q: Array
+    length: int
     rules: tuple[tuple[int, int], ...]
     sinks: Array | None
 
@@ -168,7 +171,7 @@ class Slots:
         self.recent: list[Recent | None] = [None] * num_layers
 
     def arrays(self) -> list[Array]:
-        queries = [recent.q for recent in self.recent if recent]
+        queries = [x for recent in self.recent if recent for x in (recent.q, recent.sinks) if x is not None]
         return [self.positions, self.mass, self.tail_mass, self.decided, *queries]
 
     def copy(self) -> "Slots":
@@ -195,13 +198,20 @@ class Moves(NamedTuple):
 
 def choose(policy: Policy, positions: np.ndarray, mass: np.ndarray, length: int, keep: int) -> np.ndarray:
     """Which slots stay, (Hkv, S) of bool: in every head the ``keep`` best by the policy's score, ties to the newest."""
-    scores = np.asarray(policy.score(positions, mass, length), np.float64)
+    scores = np.asarray(policy.score(positions.copy(), mass.copy(), length), np.float64)  # a reader's may write to them
     if scores.shape != positions.shape:
         raise ValueError(f"{policy}.score must return shape {positions.shape}, one number a slot; got {scores.shape}")
-    live = positions >= 0
-    best = np.lexsort((-positions, np.where(live, -scores, np.inf)), axis=-1)[:, :keep]
-    stays = np.zeros(positions.shape, bool)
-    np.put_along_axis(stays, best, True, axis=1)
+    live, keep = positions >= 0, min(keep, positions.shape[1])
+    if np.isnan(scores[live]).any():
+        raise ValueError(f"{policy}.score returned NaN, which is neither more nor less than another score")
+    if not keep:
+        return np.zeros_like(live)
+    scores = np.where(live, scores, -np.inf)
+    last = np.partition(scores, -keep, axis=1)[:, -keep, None]  # a decode step drops one slot: no need to sort them all
+    stays = scores > last
+    for row, ties, where in zip(stays, scores == last, positions, strict=True):
+        tied = np.flatnonzero(ties)
+        row[tied[np.argsort(-where[tied])[: keep - row.sum()]]] = True
     return stays & live
 
 
@@ -217,7 +227,10 @@ def pack(stays: np.ndarray) -> Moves:
     return Moves(kept, *(np.concatenate(x).astype(np.int64) for x in (heads, source, target)))
 
 
-def _check_count(name: str, value: int, least: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+def _set_count(policy: Policy, name: str, least: int, most: int | None = None) -> None:
+    """Make the policy's setting ``name`` an int. Raises ValueError unless it is a whole number in these limits."""
+    value = getattr(policy, name)
+    if not is_whole(value) or value < least or (most is not None and value > most):
         limit = f"of at least {least}" + ("" if most is None else f" and at most {most}")
-        raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
+        raise ValueError(f"{type(policy).__name__}.{name} must be an integer {limit}, got {value!r}")
+    object.__setattr__(policy, name, int(value))

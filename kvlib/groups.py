@@ -116,8 +116,12 @@ class GroupedCache:
     @property
     def max_step(self) -> float:
         """The most tokens that one step may add, whatever a sequence holds; inf if no group evicts."""
-        rooms = (c.max_tokens - c.eviction.units(0, c.codec.group) * c.codec.group for c in self.caches if c.eviction)
-        return min(rooms, default=math.inf)
+
+        def most_held(cache: KVCache) -> int:
+            unit, policy = cache.codec.group, cache.eviction
+            return max(policy.units(waiting, unit) * unit + waiting for waiting in range(cache.codec.tail + 1))
+
+        return min((c.max_tokens - most_held(c) for c in self.caches if c.eviction), default=math.inf)
 
     @property
     def lengths(self) -> dict[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kvlib.arrays import Array, Backend, backend_of
 from kvlib.attention import mix, score
 from kvlib.planes import Codec, Plane, Planes
+from kvlib.spec import is_whole
 
 # Scales and offsets are kept in float16. A scale is moved up before it is rounded, an offset down, by one unit of
 # float16 (2^-10 of the number, 2^-24 next to zero): so rounding never shortens the range, and nothing is clipped.
@@ -39,15 +40,17 @@ class Int(Codec):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4, 2):
+        if not is_whole(self.bits) or self.bits not in (8, 4, 2):
             raise ValueError(f"Int.bits must be 8, 4 or 2, got {self.bits!r}")
         if self.axis not in ("token", "channel"):
             raise ValueError(f"Int.axis must be 'token' or 'channel', got {self.axis!r}")
         size = self.group_size
         if self.axis == "channel" and size is None:
             raise ValueError("Int with axis='channel' needs group_size, the tokens that share a scale; got None")
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 2):
+        if size is not None and (not is_whole(size) or size < 2):
             raise ValueError(f"Int.group_size must be an integer of at least 2, got {size!r}")
+        for name, value in (("bits", self.bits), ("group_size", size)):
+            object.__setattr__(self, name, value if value is None else int(value))  # 2**8 is 0 in NumPy's int8
 
     @property
     def name(self) -> str:

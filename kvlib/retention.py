@@ -17,8 +17,11 @@ class Room(NamedTuple):
 
     stays: np.ndarray | None
     moves: Moves | None
-    stored: int  # slots taken once that is done
-    start: int  # the first slot that will be written
+    stored: int  # slots taken once that is done; the new tokens follow there
+
+    def targets(self, unit: int) -> np.ndarray:
+        """The first slot of every unit of ``unit`` tokens that another one moves into."""
+        return np.zeros(0, np.int64) if self.moves is None else self.moves.target * unit
 
 
 def observe(
@@ -39,16 +42,18 @@ def observe(
         slots.tail_mass[layer, :, : tail.shape[1]] += tail
     elif policy.observe and not slots.decided[layer]:
         q, old = q.reshape(q.shape[0], -1, sight.tokens, q.shape[-1]), slots.recent[layer]
-        if old and old.q.shape[1] == q.shape[1] and sight.tokens < policy.observe:
+        follows = old and old.length == sight.first and old.q.shape[:2] == q.shape[:2]
+        if follows and sight.tokens < policy.observe:
             q = storage.backend.xp.concat([old.q, q], axis=2)
         q = storage.backend.xp.asarray(q[:, :, -policy.observe :], copy=True)
-        slots.recent[layer] = Recent(q, sight.rules, sinks)
+        sinks = None if sinks is None else storage.backend.xp.asarray(sinks, copy=True)
+        slots.recent[layer] = Recent(q, sight.length, sight.rules, sinks)
 
 
 def make_room(storage: BlockStorage, table: Table, layer: int, tokens: int, policy: Policy | None) -> Room:
     """What has to leave before ``tokens`` new tokens are written. Changes nothing."""
     stored, waiting = int(table.stored[layer]), int(table.waiting[layer])
-    everything = Room(None, None, stored, stored)
+    everything = Room(None, None, stored)
     if policy is None or (policy.once and (tokens > 1 or table.slots.decided[layer])):
         return everything
     units, keep = stored // storage.unit, policy.units(waiting, storage.unit)
@@ -58,8 +63,7 @@ def make_room(storage: BlockStorage, table: Table, layer: int, tokens: int, poli
     length = int(table.seen[layer])
     stays = choose(policy, positions, _mass(storage, table, layer, policy), length, keep)
     moves = pack(stays)
-    first = min(moves.kept, moves.target.min(initial=moves.kept))
-    return Room(stays, moves, moves.kept * storage.unit, int(first) * storage.unit)
+    return Room(stays, moves, moves.kept * storage.unit)
 
 
 def _mass(storage: BlockStorage, table: Table, layer: int, policy: Policy) -> np.ndarray:
@@ -72,7 +76,7 @@ def _mass(storage: BlockStorage, table: Table, layer: int, policy: Policy) -> np
         return np.zeros((storage.spec.num_kv_heads, units), np.float32)
     heads, _, tokens, width = recent.q.shape
     q, dtype = recent.q.reshape(heads, -1, width), storage.backend.dtype_name(recent.q)
-    sight = Sight(int(table.seen[layer]), tokens, recent.rules)
+    sight = Sight.of(storage, layer, table, tokens, recent.rules, recent.length)
     (whole,) = attend_sequences(q[None], storage, layer, [table], [sight], dtype)
     whole = whole if recent.sinks is None else with_sinks(whole, recent.sinks)
     return attention_mass(q, storage, layer, table, sight, whole, dtype)[0]

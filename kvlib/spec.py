@@ -1,8 +1,14 @@
 """CacheSpec: what one token costs a cache, in shapes and bytes."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 FLOAT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer, one of NumPy's too; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +40,9 @@ class CacheSpec:
             value = getattr(self, name)
             if value is None and name in ("v_head_dim", "latent"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"CacheSpec.{name} must be a positive integer, got {value!r}")
+            object.__setattr__(self, name, int(value))  # NumPy's small integers overflow in the products to come
         if self.dtype not in FLOAT_BYTES:
             raise ValueError(f"CacheSpec.dtype must be one of {', '.join(FLOAT_BYTES)}, got {self.dtype!r}")
         if self.latent is not None and not (self.latent <= self.head_dim and self.v_head_dim in (None, self.latent)):

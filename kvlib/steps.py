@@ -12,7 +12,7 @@ def reserve(cache: KVCache, ends: dict[int, int]) -> None:
 
     Raises ValueError or CacheFull, and changes nothing, if they cannot. Where they are that long already, it is done.
     """
-    tables, starts, stops = [], [], []
+    tables, targets, starts, stops = [], [], [], []
     for seq, end in ends.items():
         table = cache._tables[seq]
         layer, tokens = int(table.seen.argmax()), end - table.length
@@ -27,9 +27,10 @@ def reserve(cache: KVCache, ends: dict[int, int]) -> None:
                 f"cache with a larger chunk or max_tokens"
             )
         tables.append(table)
-        starts.append(room.start)
+        targets.append(room.targets(cache.codec.group))
+        starts.append(room.stored)
         stops.append(held + tokens)
-    cache._tables.reserve(tables, starts, stops, cache._storage.copy)
+    cache._tables.reserve(tables, targets, starts, stops, cache._storage.copy)
 
 
 def evicted(cache: KVCache, seq: int, n: int) -> int:

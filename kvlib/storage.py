@@ -11,6 +11,9 @@ from kvlib.codecs import Plain, Split
 from kvlib.planes import Codec, Plane, Planes
 from kvlib.spec import FLOAT_BYTES, CacheSpec
 
+LARGEST = 2.0**100  # magnitudes that lossy codecs are given: the sum of a row is still a float32
+SAFE = 2.0**10  # … and that all of them can store: float16, which holds their scales, ends at 2^16
+
 
 class BlockStorage:
     """K and V of ``num_blocks`` blocks of ``block_size`` tokens, for every layer.
@@ -54,20 +57,41 @@ class BlockStorage:
         """The planes of k (..., T, D) and v (..., T, Dv), ready for `write`.
 
         Raises:
-            ValueError: a number in them is NaN, infinite, or too large for the codec's scale.
+            ValueError: a number in them is NaN, infinite, or too large for the codec; or its planes are not as it said.
         """
-        encoded = self.codec.k.encode(k), self.codec.v.encode(v) if self.v else {}
-        for side, codec, rows, planes in zip("kv", (self.codec.k, self.codec.v), (k, v), encoded, strict=True):
-            if isinstance(codec, Plain) or not planes:
-                continue  # stored as they are: NaN stays NaN
-            floats = [x for x in planes.values() if self.backend.dtype_name(x) in FLOAT_BYTES]
-            if not all(self.backend.xp.isfinite(x).all() for x in (rows, *floats)):
-                largest = self.backend.xp.max(self.backend.xp.abs(rows))
-                raise ValueError(
-                    f"{side} must be finite and within reach of the codec {codec.name}, and its largest magnitude is "
-                    f"{float(largest):.3g}; clip it, or use codec='plain'"
-                )
-        return encoded
+        return self._encode("k", self.codec.k, k), self._encode("v", self.codec.v, v) if self.v else {}
+
+    def _encode(self, side: str, codec: Codec, rows: Array) -> Planes:
+        if isinstance(codec, Plain):
+            return codec.encode(rows)  # as they are: NaN stays NaN
+        largest = self._largest(rows)
+        planes = codec.encode(rows) if largest <= LARGEST else {}
+        floats = [x for x in planes.values() if self.backend.dtype_name(x) in FLOAT_BYTES]
+        if not largest <= LARGEST or not all(self.backend.xp.isfinite(x).all() for x in floats):
+            raise ValueError(
+                f"{side} must be finite and within reach of the codec {codec.name}, and its largest magnitude is "
+                f"{largest:.3g}; clip it, or use codec='plain'"
+            )
+        *lead, tokens, _ = rows.shape
+        said = {name: (*lead, tokens // x.tokens, x.columns) for name, x in self._layout[side].items()}
+        came = {name: tuple(x.shape) for name, x in planes.items()}
+        if came != said:  # a reader's codec; what fits would be written before the rest does not
+            raise ValueError(f"{codec.name}.encode must give planes of shapes {said} as its `planes` says, got {came}")
+        return planes
+
+    def _largest(self, rows: Array) -> float:
+        """The largest magnitude; NaN if one of them is."""
+        return float(self.backend.xp.max(self.backend.xp.abs(rows)))
+
+    def check_waiting(self, k: Array, v: Array | None) -> None:
+        """Raise ValueError, as `encode`, if one of k (Hkv, T, D) and v could not be encoded once its group closes."""
+        for side, codec, rows in (("k", self.codec.k, k), ("v", self.codec.v, v if self.v else None)):
+            if rows is None or isinstance(codec, Plain):
+                continue
+            rows = self.backend.astype(rows, self.spec.dtype)  # as the tail will hold them
+            if not self._largest(rows) <= SAFE:
+                alone = self.backend.xp.stack([rows] * self.unit, axis=-2)  # each token as a group of its own
+                self._encode(side, codec, alone.reshape(*rows.shape[:-2], -1, rows.shape[-1]))
 
     def write(self, layer: int, tables: SequenceOf[np.ndarray], starts: SequenceOf[int], encoded: tuple) -> None:
         """Store encoded tokens (B, Hkv, T, …): those of sequence b from slot ``starts[b]`` on, behind ``tables[b]``.

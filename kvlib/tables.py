@@ -101,7 +101,7 @@ class BlockTables:
         if len(blocks):
             if len(blocks) > len(table.ids):
                 raise ValueError(f"a sequence has at most {len(table.ids)} blocks, got {len(blocks)} to start with")
-            self.pool.share(blocks)
+            self.pool.share(blocks)  # which makes sure that they are ids
             table.ids[: len(blocks)], table.num_blocks = blocks, len(blocks)
             table.seen[:] = table.stored[:] = len(blocks) * self.block_size
         return self._add(table)
@@ -123,8 +123,9 @@ class BlockTables:
 
     def fork(self, seq: int) -> int:
         """A sequence with the same blocks, each of which now has one holder more."""
-        self.pool.share(self[seq].blocks)
-        return self._add(self[seq].copy())
+        twin = self[seq].copy()  # first: it may find no memory for the tail
+        self.pool.share(twin.blocks)
+        return self._add(twin)
 
     def _add(self, table: Table) -> int:
         seq, self._next_id = self._next_id, self._next_id + 1
@@ -145,19 +146,25 @@ class BlockTables:
     def reserve(
         self,
         tables: SequenceOf[Table],
+        targets: SequenceOf[np.ndarray],
         starts: SequenceOf[int],
         stops: SequenceOf[int],
         copy_block: Callable[[int, int], None],
     ) -> None:
-        """Make slots start … stop - 1 of every table its own to write: the one place where blocks are taken.
+        """Make slots start … stop - 1 of every table, and its slots ``targets`` before them, its own to write.
+
+        The one place where blocks are taken.
 
         A missing block is allocated; a block that somebody else holds too is replaced by a copy (copy-on-write), made
         by ``copy_block(source, target)``. Raises CacheFull, and changes nothing, if the pool cannot give them all.
         """
         copies, leaving, grow = [], {}, []
-        for table, start, stop in zip(tables, starts, stops, strict=True):
+        for table, before, start, stop in zip(tables, targets, starts, stops, strict=True):
             end = math.ceil(stop / self.block_size)
-            for index in range(start // self.block_size, min(end, table.num_blocks)):
+            written = np.arange(start // self.block_size, min(end, table.num_blocks))
+            if len(before):
+                written = np.union1d(before // self.block_size, written)
+            for index in written[self.pool.refs[table.ids[written]] > 1].tolist():
                 block = int(table.ids[index])
                 if self.pool.refs[block] - leaving.get(block, 0) > 1:  # the last of its holders may keep it
                     leaving[block] = leaving.get(block, 0) + 1

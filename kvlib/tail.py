@@ -1,28 +1,55 @@
 """Tail: the newest tokens of one sequence, exact, until their group is complete and old enough to be encoded."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 from kvlib.arrays import Array, Backend
 from kvlib.codecs import Split
 from kvlib.spec import CacheSpec
 
 
-class Tail:
-    """Rows of K and V for up to ``capacity`` tokens in every layer, oldest first, in the spec's dtype."""
+class Run(NamedTuple):
+    """Rows k (Hkv, n, D) and v (Hkv, n, Dv or 0) of n consecutive positions from ``first`` on, exact."""
 
-    __slots__ = ("backend", "k", "spec", "v")
+    first: int
+    k: Array
+    v: Array | None
+
+    def before(self, n: int) -> "Run | None":
+        """What is left of it if positions ``n`` and up are forgotten."""
+        count = n - self.first
+        return Run(self.first, *(x if x is None else x[:, :count] for x in (self.k, self.v))) if count > 0 else None
+
+
+class Tail:
+    """Rows of K and V for the tokens that wait in every layer, oldest first, in the spec's dtype.
+
+    When several tokens come at once and groups close, ``runs`` keeps what has just been encoded, exact, until the layer
+    is written to again: the first of the new queries see those tokens as if the later ones had not come yet.
+    """
+
+    __slots__ = ("backend", "k", "runs", "spec", "v")
 
     def __init__(self, spec: CacheSpec, codec: Split, backend: Backend) -> None:
         self.spec, self.backend = spec, backend
         lead = (spec.num_layers, spec.num_kv_heads, codec.tail)
         self.k = backend.zeros((*lead, spec.head_dim), spec.dtype)
         self.v = backend.zeros((*lead, spec.stored_value_dim), spec.dtype)
+        self.runs: list[Run | None] = [None] * spec.num_layers
 
-    def arrays(self) -> tuple[Array, ...]:
-        return (self.k, self.v) if self.spec.stored_value_dim else (self.k,)
+    def arrays(self) -> Iterator[Array]:
+        rows = [(self.k, self.v), *((run.k, run.v) for run in self.runs if run)]
+        yield from (k for k, _ in rows)
+        if self.spec.stored_value_dim:
+            yield from (v for _, v in rows)
 
     def copy(self) -> "Tail":
         twin = object.__new__(Tail)
         twin.spec, twin.backend = self.spec, self.backend
-        twin.k, twin.v = (self.backend.xp.asarray(x, copy=True) for x in (self.k, self.v))
+        # not xp.asarray(copy=True): a tensor born in inference mode could not be written outside of it
+        twin.k, twin.v = (self.backend.zeros(tuple(x.shape), self.spec.dtype) for x in (self.k, self.v))
+        twin.k[...], twin.v[...] = self.k, self.v
+        twin.runs = list(self.runs)  # never written into, only replaced
         return twin
 
     def joined(self, layer: int, count: int, k: Array, v: Array | None) -> tuple[Array, Array | None]:
@@ -42,7 +69,15 @@ class Tail:
 
     def read(self, layer: int, count: int, dtype: str) -> tuple[Array, Array]:
         """The first ``count`` rows: k (Hkv, count, D) and v (Hkv, count, Dv) in ``dtype``."""
-        k = self.backend.astype(self.k[layer, :, :count], dtype)
+        return self._as(dtype, self.k[layer, :, :count], self.v[layer, :, :count])
+
+    def read_run(self, layer: int, start: int, stop: int, dtype: str) -> tuple[Array, Array]:
+        """Rows start … stop-1 of the layer's run, as `read`."""
+        _, k, v = self.runs[layer]
+        return self._as(dtype, k[:, start:stop], v if v is None else v[:, start:stop])
+
+    def _as(self, dtype: str, k: Array, v: Array | None) -> tuple[Array, Array]:
+        k = self.backend.astype(k, dtype)
         if self.spec.latent:
             return k, k[..., : self.spec.latent]
-        return k, self.backend.astype(self.v[layer, :, :count], dtype)
+        return k, self.backend.astype(v, dtype)

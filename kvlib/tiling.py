@@ -23,12 +23,33 @@ TILE_BYTES = 1 << 21  # bytes of K gathered or decoded for one tile: likewise
 class Sight:
     """What the last ``tokens`` positions of a sequence of ``length`` see: themselves, what came before, by the rules.
 
-    ``rules`` are (window, sinks) pairs, as in `Policy.rules`; a position is seen if each of them lets it.
+    ``rules`` are (window, sinks) pairs, as in `Policy.rules`; a position is seen if each of them lets it. ``exact``
+    (tokens,), if groups have closed behind some of the queries: the first position that each of them sees in the tail,
+    as it was when that query was the newest; what comes before it is seen as it is encoded.
     """
 
     length: int
     tokens: int
     rules: tuple[tuple[int, int], ...] = ()
+    exact: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        storage: BlockStorage,
+        layer: int,
+        table: Table,
+        tokens: int,
+        rules: tuple[tuple[int, int], ...],
+        length: int | None = None,
+    ) -> "Sight":
+        """The sight of ``tokens`` positions of one layer, the last of ``length``; None: of all that there are."""
+        seen, codec = int(table.seen[layer]), storage.codec
+        length = seen if length is None else length
+        if table.tail is None or table.tail.runs[layer] is None:
+            return cls(length, tokens, rules)
+        closed = (np.arange(length - tokens, length) + 1 - codec.residual) // codec.group * codec.group
+        return cls(length, tokens, rules, np.clip(closed, table.tail.runs[layer].first, seen - table.waiting[layer]))
 
     @property
     def first(self) -> int:
@@ -42,15 +63,20 @@ class Sight:
     def all_of(self, lo: int, hi: int) -> bool:
         """Whether every query sees all positions lo … hi-1."""
         near = all(self.length - window <= lo or hi <= sinks for window, sinks in self.rules)
-        return hi - 1 <= self.first and near
+        return hi - 1 <= self.first and near and (self.exact is None or hi <= self.exact[0])
 
-    def visible(self, positions: np.ndarray) -> np.ndarray:
-        """positions (..., S) -> (..., T, S): whether query t sees what has this position; -1 is seen by none."""
+    def visible(self, positions: np.ndarray, exact: bool = False) -> np.ndarray:
+        """positions (..., S) -> (..., T, S): whether query t sees what has this position; -1 is seen by none.
+
+        ``exact`` says whether it is the exact row of that position, or the encoded one.
+        """
         queries = np.arange(self.first, self.length)[:, None]
         keys = positions[..., None, :]
         seen = (keys >= 0) & (keys <= queries)
         for window, sinks in self.rules:
             seen &= (queries - keys < window) | (keys < sinks)
+        if self.exact is not None:
+            seen &= (keys >= self.exact[:, None]) == exact
         return seen
 
 
@@ -80,7 +106,7 @@ class Cut:
 class Tile(NamedTuple):
     """Some tokens of one sequence: where they lie, how to score and to mix them, and what is hidden of them."""
 
-    slots: slice | None  # in the blocks; None for those in the tail
+    place: slice  # among all that the layer holds: the slots of the blocks, and behind them the tail
     score: Callable[[Array], Array]
     mix: Callable[[Array], Array]
     bias: Array | None
@@ -132,25 +158,37 @@ class Reader:
                 yield self._encoded(lo, hi, bias)
 
     def tail(self) -> Iterator[Tile]:
-        """The tokens that still wait for their group, as one tile."""
-        if self.waiting:
-            strip, length = self.cut.strip, int(self.table.seen[self.layer])
-            k, v = self.table.tail.read(self.layer, self.waiting, self.dtype)
-            bias, _ = self._hide(np.arange(length - self.waiting, length))
-            yield Tile(None, lambda q: score(q, k, strip), lambda weights: mix(weights, v, strip), bias)
+        """The tokens that still wait for their group; and those that did when the first of the queries came."""
+        seen, held = int(self.table.seen[self.layer]), self.stored + self.waiting
+        if self.sight.exact is not None:
+            run = self.table.tail.runs[self.layer]
+            for lo in range(0, seen - run.first, self.cut.tile):
+                hi = min(lo + self.cut.tile, seen - run.first)
+                rows = self.table.tail.read_run(self.layer, lo, hi, self.dtype)
+                yield self._exact(rows, run.first + lo, held - (seen - run.first) + lo)
+        elif self.waiting:
+            rows = self.table.tail.read(self.layer, self.waiting, self.dtype)
+            yield self._exact(rows, seen - self.waiting, self.stored)
 
     def all(self) -> Iterator[Tile]:
         yield from self.blocks(self.first, self.stored)
         yield from self.tail()
 
-    def _hide(self, positions: np.ndarray) -> tuple[Array | None, bool]:
+    def _hide(self, positions: np.ndarray, exact: bool = False) -> tuple[Array | None, bool]:
         """0 where a query sees a position and -inf where not, None for all zeros; and whether anything is seen."""
-        visible = self.sight.visible(positions)
+        visible = self.sight.visible(positions, exact)
         if visible.all():
             return None, True
         backend = self.storage.backend
         zero = backend.zeros((1,), self.dtype)
         return backend.xp.where(backend.asarray(visible), zero, zero - math.inf), bool(visible.any())
+
+    def _exact(self, rows: tuple[Array, Array], position: int, place: int) -> Tile:
+        """A tile of exact rows from ``position`` on, which lie from ``place`` on."""
+        strip, count, (k, v) = self.cut.strip, rows[0].shape[1], rows
+        bias, _ = self._hide(np.arange(position, position + count), exact=True)
+        here = slice(place, place + count)
+        return Tile(here, lambda q: score(q, k, strip), lambda weights: mix(weights, v, strip), bias)
 
     def _encoded(self, lo: int, hi: int, bias: Array | None) -> Tile:
         storage, strip = self.storage, self.cut.strip
@@ -192,7 +230,13 @@ def attend_sequences(
         partials[index] += partial
     for index, reader in enumerate(readers):
         partials[index] += [tile.attend(q[index]) for tile in reader.tail()]
-    return [fold(each) for each in partials]
+    return [fold(each) if each else _nothing(rows, storage, dtype) for each, rows in zip(partials, q, strict=True)]
+
+
+def _nothing(q: Array, storage: BlockStorage, dtype: str) -> Partial:
+    """The partial of no tile at all: all that the queries (Hkv, R, D) may see was evicted."""
+    l = storage.backend.zeros((*q.shape[:2], 1), dtype)  # noqa: E741
+    return Partial(l - math.inf, l, storage.backend.zeros((*q.shape[:2], storage.spec.value_dim), dtype))
 
 
 def attention_mass(
@@ -205,10 +249,10 @@ def attention_mass(
     """
     reader = Reader(storage, layer, table, sight, Cut.plan(storage, 1, q.shape[1], dtype), dtype)
     heads = storage.spec.num_kv_heads
-    stored, tail = np.zeros((heads, reader.stored), np.float32), np.zeros((heads, reader.waiting), np.float32)
-    for tile in reader.all():
-        target = tail if tile.slots is None else stored[:, tile.slots]
-        target[:] = storage.backend.to_numpy(tile.mass(q, whole))
+    weights = np.zeros((heads, reader.stored + reader.waiting), np.float32)
+    for tile in reader.all():  # a token may be seen twice: encoded by some queries, exact by others
+        weights[:, tile.place] += storage.backend.to_numpy(tile.mass(q, whole))
+    stored, tail = weights[:, : reader.stored], weights[:, reader.stored :]
     return stored.reshape(heads, -1, storage.unit).sum(axis=-1), tail
 
 

@@ -30,6 +30,7 @@ CORE = [
     "tiling",
     "retention",
     "writing",
+    "rollback",
     "reading",
     "checks",
     "cache",

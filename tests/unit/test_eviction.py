@@ -289,15 +289,16 @@ def test_a_window_sees_what_it_says_in_any_chunks(codec, policy):
     start = 0
     for tokens in (13, 1, 7, 1, 1, 5, 12):
         stop = start + tokens
-        for cache in caches:
-            cache.append(k[:, :, start:stop], v[:, :, start:stop])
-        all_k, all_v, _ = caches[1].read(0)
-        where, here = np.arange(stop), np.arange(start, stop)[:, None]
-        visible = (where <= here) & ((here - where < policy.window) | (where < policy.sinks))
-        expected = reference.attention(q[0, :, start:stop], all_k, all_v, visible=visible)
-        np.testing.assert_allclose(caches[0].attend(q[:, :, start:stop])[0], expected, rtol=2e-5, atol=2e-5)
-        assert caches[0].read(0)[2].tolist() == np.flatnonzero(visible[-1]).tolist()
-        np.testing.assert_array_equal(caches[0].read(0)[0], all_k[:, visible[-1]])
+        caches[0].append(k[:, :, start:stop], v[:, :, start:stop])
+        answers = caches[0].attend(q[:, :, start:stop])[0]
+        for position in range(start, stop):  # what each query would have been told, had it come alone
+            caches[1].append(k[:, :, position : position + 1], v[:, :, position : position + 1])
+            all_k, all_v, where = caches[1].read(0)
+            visible = (position - where < policy.window) | (where < policy.sinks)
+            expected = reference.attention(q[0, :, position : position + 1], all_k, all_v, visible=visible[None])
+            np.testing.assert_allclose(answers[:, position - start, None], expected, rtol=2e-5, atol=2e-5)
+        assert caches[0].read(0)[2].tolist() == np.flatnonzero(visible).tolist()
+        np.testing.assert_array_equal(caches[0].read(0)[0], all_k[:, visible])
         start = stop
 
 

@@ -1,0 +1,129 @@
+"""The open tail: whatever the pieces in which tokens come, every query is told what it would have been told alone."""
+
+import numpy as np
+import pytest
+
+import kvlib
+from kvlib import KIVI, HeavyHitter, Int, SlidingWindow, Split
+
+HEADS, WIDTH, TOKENS = 2, 16, 60
+CODECS = {
+    "kivi": KIVI(2, group=4, residual=9),
+    "channel": Int(4, "channel", 8),
+    "residual": Split(Int(8), Int(2, group_size=8), residual=5),
+    "groups": Split(Int(4, "channel", 8), Int(4, "channel", 4), residual=8),
+}
+CHUNKS = [(60,), (1, 58, 1), (7, 20, 33), (33, 1, 26)]
+
+
+@pytest.fixture(params=list(CODECS))
+def codec(request):
+    return CODECS[request.param]
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def backend(request):
+    return request.param
+
+
+def build(codec, backend="numpy", layers=1, **options):
+    spec = kvlib.CacheSpec(HEADS, WIDTH, num_layers=layers, dtype="float32")
+    return kvlib.KVCache(spec, max_tokens=80, block_size=8, codec=codec, backend=backend, **options)
+
+
+def rows(heads=HEADS, seed=0):
+    return np.random.default_rng(seed).standard_normal((1, heads, TOKENS, WIDTH)).astype(np.float32)
+
+
+def run(cache, chunks, start=0, extra=None):
+    """Append and attend in ``chunks`` -> the outputs of all positions, (Hq, T, D)."""
+    array = (lambda x: x) if cache.backend.name == "numpy" else cache.backend.torch.tensor
+    k, v, q = rows(), rows(seed=1), 2 * rows(2 * HEADS, seed=2)
+    found = []
+    for tokens in chunks:
+        here = np.s_[:, :, start : start + tokens]
+        cache.append(array(k[here]), array(v[here]))
+        found.append(np.asarray(cache.attend(array(q[here]), **(extra or {}))))
+        start += tokens
+    return np.concatenate(found, axis=2)[0]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+@pytest.mark.parametrize("extra", [{}, {"window": 11}], ids=["all", "window"])
+def test_every_query_is_told_what_it_would_be_told_alone(codec, backend, chunks, extra):
+    alone, together = build(codec, backend), build(codec, backend)
+    expected = run(alone, [1] * TOKENS, extra=extra)
+    np.testing.assert_allclose(run(together, chunks, extra=extra), expected, rtol=2e-5, atol=2e-5)
+    for one, other in zip(alone.read(0), together.read(0), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_so_is_one_that_looks_through_a_window_of_the_policy(codec, chunks):
+    policy = SlidingWindow(13, sinks=2)
+    alone, together = build(codec, eviction=policy), build(codec, eviction=policy)
+    np.testing.assert_allclose(run(together, chunks), run(alone, [1] * TOKENS), rtol=2e-5, atol=2e-5)
+    for one, other in zip(alone.read(0), together.read(0), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_attention_is_counted_once_for_a_token_seen_in_two_ways(codec):
+    """As much mass as queries, wherever it fell: in a group that has closed since, or in the tail."""
+    cache = build(codec, eviction=HeavyHitter(70))
+    run(cache, (33, 1, 26))
+    slots = cache._tables[0].slots
+    assert slots.mass.sum() + slots.tail_mass.sum() == pytest.approx(2 * HEADS * TOKENS, rel=1e-5)
+
+
+def test_what_was_just_encoded_is_let_go_of(codec):
+    """The exact rows of a long prompt are held for its own queries, and no longer."""
+    cache = build(codec)
+    before = cache.nbytes
+    run(cache, (50,))
+    assert before < cache.nbytes <= before + 2 * 50 * HEADS * WIDTH * 4
+    run(cache, (1,), start=50)
+    assert cache.nbytes == before
+    run(cache, (9,), start=51)
+    cache.truncate(0, 0)
+    assert cache.nbytes == before
+
+
+def test_the_callers_arrays_are_not_kept(codec):
+    cache = build(codec)
+    k, v, q = rows(), rows(seed=1), rows(2 * HEADS, seed=2)
+    cache.append(k, v)
+    expected = cache.attend(q)
+    k[:], v[:] = 0, 0
+    assert np.array_equal(cache.attend(q), expected)
+
+
+@pytest.mark.parametrize("n", [59, 51, 48, 37, 31, 30])
+def test_the_last_append_can_be_taken_back_exactly(codec, n):
+    """As draft tokens are: a cut through a group finds the rows that it was encoded from."""
+    drafted, straight = build(codec), build(codec)
+    run(drafted, (30, 30))
+    drafted.truncate(0, n)
+    run(straight, (30, *([n - 30] if n > 30 else [])))
+    again = run(drafted, [1] * (TOKENS - n), start=n)
+    np.testing.assert_allclose(run(straight, [1] * (TOKENS - n), start=n), again, rtol=2e-5, atol=2e-5)
+
+
+def test_a_cut_before_it_decodes(codec):
+    """There the exact rows are gone: the group's first tokens come back with the error of its codec, and no more."""
+    cache = build(codec)
+    run(cache, (40, 20))
+    before = cache.read(0)
+    cache.truncate(0, 22)
+    for now, then in zip(cache.read(0), before, strict=True):
+        assert np.array_equal(now, then[..., :22, :] if now.ndim == 3 else then[:22])
+
+
+def test_twins_keep_what_their_queries_may_see(codec):
+    cache = build(codec)
+    run(cache, (50,))
+    q = 2 * rows(2 * HEADS, seed=2)[:, :, :50]
+    expected = cache.attend(q)
+    twin = cache.fork(0)
+    run_on = rows(seed=5)[:, :, :1]
+    cache.append(run_on, run_on, seqs=[0])
+    assert np.array_equal(cache.attend(q, seqs=[twin]), expected)
