@@ -8,18 +8,16 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from kvlib.arrays import Array, check_float, get_backend
-from kvlib.attention import with_sinks
+from kvlib.attending import attend
 from kvlib.blocks import BlockPool
 from kvlib.checks import check_shape, checked_policy, checked_sinks, checked_size, whole_groups
 from kvlib.codecs import Codec, Split, get_codec
 from kvlib.eviction import Policy
 from kvlib.reading import read_tokens
-from kvlib.retention import observe
 from kvlib.rollback import truncate
 from kvlib.spec import CacheSpec
 from kvlib.storage import BlockStorage
 from kvlib.tables import BlockTables, Table
-from kvlib.tiling import Sight, attend_sequences
 from kvlib.writing import append
 
 
@@ -211,9 +209,10 @@ class KVCache:
         """Causal attention of the last T positions of each sequence over what is stored of its tokens.
 
         q (B, Hq, T, D), Hq a multiple of Hkv -> (B, Hq, T, Dv) in the dtype of q. ``scale`` defaults to 1 / sqrt(D).
-        ``window``: a query sees itself and the window - 1 positions before it. ``sinks`` (Hq,): a learned score for
-        each query head, which joins its softmax as one more key of value zero. Computed in float32, or float64 if q is.
-        Each cached byte is read once; once more if the eviction policy observes attention, which is then counted.
+        ``window``: a query sees itself and the window - 1 positions before it, or fewer if the policy's is narrower.
+        ``sinks`` (Hq,): a learned score for each query head, which joins its softmax as one more key of value zero.
+        Computed in float32, or float64 if q is. Each cached byte is read once; once more if the policy observes
+        attention, which is counted at every call.
 
         Raises:
             ValueError, TypeError, KeyError, IndexError: shape, dtype or backend, more positions than the layer holds,
@@ -221,29 +220,17 @@ class KVCache:
         """
         tables = self._resolve(layer, seqs)
         q = self._checked("q", q, len(tables), None, self.spec.head_dim)
-        batch, heads, tokens, width = q.shape
+        _, heads, tokens, width = q.shape
         for seq, table in tables.items():
             if tokens > table.held(layer):
                 held = f"layer {layer} of sequence {seq} holds {table.held(layer)} tokens"
                 raise ValueError(f"q asks for the last {tokens} positions, but {held}; append k and v first")
-        dtype = "float64" if self.backend.dtype_name(q) == "float64" else "float32"
         rules = () if window is None else ((checked_size("window", window), 0),)
         rules += self.eviction.rules() if self.eviction else ()
-        sights = [Sight.of(self._storage, layer, table, tokens, rules) for table in tables.values()]
         if sinks is not None:
-            sinks = checked_sinks(sinks, heads, self.spec.num_kv_heads, self.backend, dtype)
-        scaled = self.backend.astype(q, dtype) * (1 / math.sqrt(width) if scale is None else float(scale))
-        rows = scaled.reshape(batch, self.spec.num_kv_heads, -1, width)  # query heads of one KV head become its rows
-        with self.backend.exact():
-            partials = attend_sequences(rows, self._storage, layer, list(tables.values()), sights, dtype)
-            if sinks is not None:
-                partials = [with_sinks(partial, sinks) for partial in partials]
-            if self.eviction and self.eviction.observe != 0:
-                for table, row, whole, sight in zip(tables.values(), rows, partials, sights, strict=True):
-                    observe(self._storage, table, layer, row, whole, sight, sinks, self.eviction)
-        outputs = [partial.normalise() for partial in partials]
-        out = self.backend.xp.stack(outputs).reshape(batch, heads, tokens, self.spec.value_dim)
-        return self.backend.astype(out, self.backend.dtype_name(q))
+            sinks = checked_sinks(sinks, heads, self.spec.num_kv_heads, self.backend)
+        scale = 1 / math.sqrt(width) if scale is None else float(scale)
+        return attend(self._storage, list(tables.values()), layer, q, scale, rules, sinks, self.eviction)
 
     def read(self, seq: int, layer: int = 0) -> tuple[Array, Array, np.ndarray]:
         """What the last position sees, decoded: k (Hkv, S, D), v (Hkv, S, Dv) in the spec's dtype and positions (S,).

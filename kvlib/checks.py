@@ -41,12 +41,12 @@ def checked_policy(eviction: Policy | None, codec: Split) -> Policy | None:
     return eviction
 
 
-def checked_sinks(sinks: Array, heads: int, num_kv_heads: int, backend: Backend, dtype: str) -> Array:
-    """Learned sinks (Hq,) as (Hkv, group) in ``dtype``."""
+def checked_sinks(sinks: Array, heads: int, num_kv_heads: int, backend: Backend) -> Array:
+    """Learned sinks (Hq,) as (Hkv, group)."""
     check_float("sinks", sinks, backend)
     if tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must have shape ({heads},), a number for each query head; got {tuple(sinks.shape)}")
-    return backend.astype(backend.detach(sinks), dtype).reshape(num_kv_heads, -1)
+    return backend.detach(sinks).reshape(num_kv_heads, -1)
 
 
 def check_shape(name: str, x: Array, batch: int, heads: int | None, num_kv_heads: int, width: int) -> None:

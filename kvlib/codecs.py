@@ -1,14 +1,15 @@
 """Codecs by name: how a token's key and its value are stored.
 
-`Plain` stores numbers as they are. The lossy codecs live in `kvlib.integers`, `kvlib.minifloat` and `kvlib.rotation`;
-`Split` gives keys and values codecs of their own, and keeps the newest tokens exact.
+`Plain` stores numbers as they are. The lossy codecs live in `kvlib.integers`, `kvlib.minifloat`, `kvlib.float4` and
+`kvlib.rotation`; `Split` gives keys and values codecs of their own, and keeps the newest tokens exact.
 """
 
 from dataclasses import dataclass
 
 from kvlib.arrays import Array, backend_of
+from kvlib.float4 import MXFP4, NVFP4
 from kvlib.integers import Int
-from kvlib.minifloat import MXFP4, NVFP4, Float8
+from kvlib.minifloat import Float8
 from kvlib.planes import Codec, Plane, Planes
 from kvlib.rotation import Rotated
 from kvlib.spec import FLOAT_BYTES, is_whole

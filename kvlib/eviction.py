@@ -144,7 +144,7 @@ class SnapKV(Policy):
 
 
 class Recent(NamedTuple):
-    """Queries to look back with: q (Hkv, group, n, D), scaled, the last n of ``length`` positions; what they may see."""
+    """Queries to look back with: q (Hkv, group, n, D), scaled, the last n of ``length`` positions; what these see."""
 
     q: Array
     length: int

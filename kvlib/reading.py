@@ -4,9 +4,9 @@ import numpy as np
 
 from kvlib.arrays import Array
 from kvlib.eviction import Policy
+from kvlib.sight import Sight
 from kvlib.storage import BlockStorage
 from kvlib.tables import Table
-from kvlib.tiling import Sight
 
 
 def read_tokens(

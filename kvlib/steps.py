@@ -4,7 +4,7 @@ import numpy as np
 
 from kvlib.cache import KVCache
 from kvlib.retention import make_room
-from kvlib.tiling import Sight
+from kvlib.sight import Sight
 
 
 def reserve(cache: KVCache, ends: dict[int, int]) -> None:

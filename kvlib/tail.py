@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvlib.arrays import Array, Backend
+from kvlib.arrays import Array, Backend, backend_of
 from kvlib.codecs import Split
 from kvlib.spec import CacheSpec
+
+DRAFT = 32  # tokens: more than anybody drafts at once in speculative decoding
 
 
 class Run(NamedTuple):
@@ -17,21 +19,26 @@ class Run(NamedTuple):
 
     def before(self, n: int) -> "Run | None":
         """What is left of it if positions ``n`` and up are forgotten."""
-        count = n - self.first
-        return Run(self.first, *(x if x is None else x[:, :count] for x in (self.k, self.v))) if count > 0 else None
+        if n <= self.first:
+            return None
+        copy = backend_of(self.k).xp.asarray  # a view would hold on to the memory of the rest
+        k, v = (x if x is None else copy(x[:, : n - self.first], copy=True) for x in (self.k, self.v))
+        return Run(self.first, k, v)
 
 
 class Tail:
     """Rows of K and V for the tokens that wait in every layer, oldest first, in the spec's dtype.
 
-    When several tokens come at once and groups close, ``runs`` keeps what has just been encoded, exact, until the layer
-    is written to again: the first of the new queries see those tokens as if the later ones had not come yet.
+    When several tokens come at once and groups close, ``runs`` keeps what has just been encoded, exact: the first of
+    the new queries see those tokens as if the later ones had not come yet. A long run goes once it is attended, one of
+    up to `DRAFT` tokens stays until the layer is written to again, so that drafts can be taken back exactly.
     """
 
-    __slots__ = ("backend", "k", "runs", "spec", "v")
+    __slots__ = ("backend", "k", "runs", "short", "spec", "v")
 
     def __init__(self, spec: CacheSpec, codec: Split, backend: Backend) -> None:
         self.spec, self.backend = spec, backend
+        self.short = codec.tail + DRAFT
         lead = (spec.num_layers, spec.num_kv_heads, codec.tail)
         self.k = backend.zeros((*lead, spec.head_dim), spec.dtype)
         self.v = backend.zeros((*lead, spec.stored_value_dim), spec.dtype)
@@ -45,7 +52,7 @@ class Tail:
 
     def copy(self) -> "Tail":
         twin = object.__new__(Tail)
-        twin.spec, twin.backend = self.spec, self.backend
+        twin.spec, twin.backend, twin.short = self.spec, self.backend, self.short
         # not xp.asarray(copy=True): a tensor born in inference mode could not be written outside of it
         twin.k, twin.v = (self.backend.zeros(tuple(x.shape), self.spec.dtype) for x in (self.k, self.v))
         twin.k[...], twin.v[...] = self.k, self.v
@@ -66,6 +73,12 @@ class Tail:
         self.k[layer, :, start : start + k.shape[1]] = k
         if v is not None:
             self.v[layer, :, start : start + k.shape[1]] = v
+
+    def let_go(self, layer: int) -> None:
+        """The queries that came with the layer's run have seen it: a long one is given up."""
+        run = self.runs[layer]
+        if run and run.k.shape[1] > self.short:
+            self.runs[layer] = None
 
     def read(self, layer: int, count: int, dtype: str) -> tuple[Array, Array]:
         """The first ``count`` rows: k (Hkv, count, D) and v (Hkv, count, Dv) in ``dtype``."""

@@ -124,6 +124,13 @@ def test_a_partial_is_what_its_definition_says(array):
     close(part.normalise(), expected.o / expected.l)
 
 
+def test_a_row_that_has_seen_nothing_gives_zeros(array):
+    q, k, v, bias = np.ones((2, 8)), np.ones((3, 8)), np.ones((3, 5)), np.full((2, 3), -math.inf)
+    nothing = attend_tile(array(q), array(k), array(v), array(bias))
+    with np.errstate(all="raise"):
+        assert host(nothing.normalise()).tolist() == np.zeros((2, 5)).tolist()
+
+
 def test_a_mask_repeats_over_the_heads_of_a_group(array):
     """R = 3 heads x 2 positions, and a bias for 2 positions."""
     rng = np.random.default_rng(1)

@@ -63,7 +63,7 @@ def test_a_score_of_nan_is_refused(which):
     ],
 )
 def test_a_policy_says_how_many_tokens_stay(settings, message):
-    """It was accepted, and failed when the first token had to leave; or it was an AttributeError that named no policy."""
+    """It was accepted, and failed when the first token had to leave; or an AttributeError named no policy."""
     with pytest.raises(ValueError, match=message):
         KVCache(SPEC, eviction=type("Mine", (Policy,), settings)())
 
@@ -162,7 +162,9 @@ def test_a_fork_that_evicts_copies_what_it_writes(policy):
     k, v, positions = cache.read(twin)
     q = gaussian(1, 4, 1, 16)
     visible = [(np.broadcast_to(positions, k.shape[:2])[head] >= 0)[None] for head in (0, 1)]
-    expected = [reference.attention(q[0, 2 * h : 2 * h + 2], k[h, None], v[h, None], visible=visible[h]) for h in (0, 1)]
+    expected = [
+        reference.attention(q[0, 2 * h : 2 * h + 2], k[h, None], v[h, None], visible=visible[h]) for h in (0, 1)
+    ]
     np.testing.assert_allclose(cache.attend(q, seqs=[twin])[0], np.concatenate(expected), atol=1e-5)
 
 

@@ -104,7 +104,7 @@ def test_window_prefers_sinks_then_the_newest():
 
 
 def test_heavy_hitter_keeps_the_recent_and_then_the_heavy():
-    where, mass = positions([0, 1, 2, 7, 8, 9]), np.array([[3.0, 9, 1, 0, 0, 0]])
+    where, mass = positions([0, 1, 6, 7, 8, 9]), np.array([[3.0, 9, 1, 0, 0, 0]])
     assert HeavyHitter(6, recent=2).score(where, mass, 10).tolist() == [[3, 9, 1, 0, np.inf, np.inf]]
     assert HeavyHitter(6).score(where, mass, 10).tolist() == [[3, 9, 1, np.inf, np.inf, np.inf]]
     assert HeavyHitter(6).observe is None

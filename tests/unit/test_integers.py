@@ -98,6 +98,16 @@ def test_scores_and_mix_are_products_with_the_decoded_rows(codec, strip):
     np.testing.assert_allclose(exact, q.astype(np.float64) @ rows.swapaxes(1, 2), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_the_least_that_can_be_scored_and_mixed(codec, rows):
+    """One group of tokens, which may be a single token; as many query rows as a token has groups, and others."""
+    planes = codec.encode(normal(2, codec.group, WIDTH) + 3)
+    decoded, _ = by_hand(codec, planes)
+    q, weights = normal(2, rows, WIDTH, seed=1), np.abs(normal(2, rows, codec.group, seed=2))
+    np.testing.assert_allclose(codec.scores(q, planes), q @ decoded.swapaxes(1, 2), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(codec.mix(weights, planes), weights @ decoded, rtol=1e-5, atol=1e-4)
+
+
 def test_torch_stores_the_same_bytes_and_answers_the_same(codec):
     torch = pytest.importorskip("torch")
     rows, q = normal(2, TOKENS, WIDTH), normal(2, 5, WIDTH, seed=1)
@@ -182,6 +192,13 @@ def test_what_a_group_holds_is_its_own_affair():
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         Int(**settings)
+
+
+def test_numbers_may_come_from_numpy():
+    """2**8 is 0 in NumPy's int8, and so would be the levels."""
+    codec, rows = Int(np.int8(8), group_size=np.int16(8)), normal(2, TOKENS, WIDTH)
+    for name, plane in Int(8, group_size=8).encode(rows).items():
+        assert np.array_equal(codec.encode(rows)[name], plane)
 
 
 def test_rows_that_do_not_divide():

@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvlib.arrays import backend_of
+from kvlib.float4 import MXFP4, NVFP4
 from kvlib.floatbits import E2M1, E4M3, E5M2, from_bits, to_bits
-from kvlib.minifloat import MXFP4, NVFP4, Float8
+from kvlib.minifloat import Float8
 
 CODECS = [Float8(), Float8("e5m2"), MXFP4(), NVFP4(), NVFP4(tensor_scale=0.01)]
 FORMATS = {

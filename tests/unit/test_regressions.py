@@ -273,5 +273,5 @@ def test_a_sparse_tensor_is_refused_before_a_block_is_taken():
 def test_eviction_is_a_policy_or_an_error():
     """A misspelt policy was taken for none."""
     assert cache(eviction=None).lengths == {0: 0, 1: 0}
-    with pytest.raises(TypeError, match="eviction must be None or a kvlib.eviction.Policy.*got 'h2o'"):
+    with pytest.raises(TypeError, match=r"eviction must be None or a kvlib\.eviction\.Policy.*got 'h2o'"):
         cache(eviction="h2o")

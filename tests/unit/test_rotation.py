@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlib.arrays import backend_of
+from kvlib.float4 import MXFP4, NVFP4
 from kvlib.integers import Int
-from kvlib.minifloat import MXFP4, NVFP4, Float8
+from kvlib.minifloat import Float8
 from kvlib.planes import Codec, Plane
 from kvlib.rotation import Rotated
 
@@ -202,6 +203,15 @@ def test_the_rounding_part_of_the_bound_is_small():
     rows = gaussian()
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     assert np.all(Rotated(Float32()).max_error(rows) < 2.0**-24 * 34 * norms)
+
+
+def test_the_bound_of_a_row_follows_from_the_row_alone():
+    rows = np.random.default_rng(3).standard_normal((3, 6, 64))
+    codec = Rotated(Float32())
+    bound = codec.max_error(rows)
+    for head, token in np.ndindex(3, 6):
+        alone = codec.max_error(rows[head : head + 1, token : token + 1])
+        np.testing.assert_allclose(bound[head, token], alone[0, 0], rtol=1e-9)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
