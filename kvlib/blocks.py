@@ -46,16 +46,20 @@ class BlockPool:
 
     def allocate(self, count: int) -> np.ndarray:
         """Take ``count`` free blocks, each with one reference. Raises CacheFull and takes none if there are too few."""
+        self.ensure(count)
+        self.num_free -= count
+        ids = self._free[self.num_free : self.num_free + count][::-1].copy()
+        self.refs[ids] = 1
+        return ids
+
+    def ensure(self, count: int) -> None:
+        """Raise CacheFull unless ``count`` blocks are free, or can be reclaimed, which then happens."""
         if count < 0:
             raise ValueError(f"cannot allocate {count} blocks")
         if count > self.num_free and self.reclaim is not None:
             self.reclaim(count - self.num_free)
         if count > self.num_free:
             raise CacheFull(count, self.num_free, len(self))
-        self.num_free -= count
-        ids = self._free[self.num_free : self.num_free + count][::-1].copy()
-        self.refs[ids] = 1
-        return ids
 
     def share(self, ids: Iterable[int]) -> None:
         """Add one reference to each block. Raises ValueError, and changes nothing, if one of them is free."""

@@ -17,7 +17,7 @@ from kvlib.cache import KVCache
 from kvlib.codecs import get_codec
 from kvlib.eviction import SlidingWindow
 from kvlib.spec import CacheSpec
-from kvlib.steps import evicted, reserve
+from kvlib.steps import evicted, plan
 
 
 class GroupedCache:
@@ -197,15 +197,11 @@ class GroupedCache:
         tables = cache._resolve(local, seqs)
         tokens = k.shape[2] if getattr(k, "ndim", 0) == 4 else 0  # the cache itself will refuse anything else
         ends = {seq: int(table.seen[local]) + tokens for seq, table in tables.items()}
-        try:
-            for each in self.caches:
-                reserve(each, ends)
-            cache.append(k, v, layer=local, seqs=seqs)
-        except BaseException:
-            for each in self.caches:
-                for seq in ends:
-                    each._tables.trim(each._tables[seq])
-            raise
+        plans = [(each, plan(each, ends)) for each in self.caches]
+        cache.append(k, v, layer=local, seqs=seqs)  # takes its own blocks
+        for each, needed in plans:
+            if each is not cache:
+                each._tables.take(needed, each._storage.copy)
 
     def attend(
         self,

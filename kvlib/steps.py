@@ -5,12 +5,13 @@ import numpy as np
 from kvlib.cache import KVCache
 from kvlib.retention import make_room
 from kvlib.sight import Sight
+from kvlib.tables import Plan
 
 
-def reserve(cache: KVCache, ends: dict[int, int]) -> None:
-    """Take the blocks that sequences need to become ``ends`` tokens long, as the first layer of a step does.
+def plan(cache: KVCache, ends: dict[int, int]) -> Plan:
+    """The blocks that sequences need to become ``ends`` tokens long; none where they are that long already.
 
-    Raises ValueError or CacheFull, and changes nothing, if they cannot. Where they are that long already, it is done.
+    Raises ValueError or CacheFull, and changes nothing, if they cannot.
     """
     tables, targets, starts, stops = [], [], [], []
     for seq, end in ends.items():
@@ -30,7 +31,9 @@ def reserve(cache: KVCache, ends: dict[int, int]) -> None:
         targets.append(room.targets(cache.codec.group))
         starts.append(room.stored)
         stops.append(held + tokens)
-    cache._tables.reserve(tables, targets, starts, stops, cache._storage.copy)
+    needed = cache._tables.plan(tables, targets, starts, stops)
+    cache.pool.ensure(needed.blocks)
+    return needed
 
 
 def evicted(cache: KVCache, seq: int, n: int) -> int:

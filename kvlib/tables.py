@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
 
 import numpy as np
 
@@ -143,20 +144,16 @@ class BlockTables:
         self.pool.release(self[seq].blocks)
         del self.open_tables[seq]
 
-    def reserve(
+    def plan(
         self,
         tables: SequenceOf[Table],
         targets: SequenceOf[np.ndarray],
         starts: SequenceOf[int],
         stops: SequenceOf[int],
-        copy_block: Callable[[int, int], None],
-    ) -> None:
-        """Make slots start … stop - 1 of every table, and its slots ``targets`` before them, its own to write.
+    ) -> "Plan":
+        """What makes slots start … stop - 1 of every table, and its slots ``targets`` before them, its own to write.
 
-        The one place where blocks are taken.
-
-        A missing block is allocated; a block that somebody else holds too is replaced by a copy (copy-on-write), made
-        by ``copy_block(source, target)``. Raises CacheFull, and changes nothing, if the pool cannot give them all.
+        A missing block is allocated; one that somebody else holds too is replaced by a copy (copy-on-write).
         """
         copies, leaving, grow = [], {}, []
         for table, before, start, stop in zip(tables, targets, starts, stops, strict=True):
@@ -169,16 +166,33 @@ class BlockTables:
                 if self.pool.refs[block] - leaving.get(block, 0) > 1:  # the last of its holders may keep it
                     leaving[block] = leaving.get(block, 0) + 1
                     copies.append((table, index))
-            grow.append(max(0, end - table.num_blocks))
+            grow.append((table, max(0, end - table.num_blocks)))
+        return Plan(copies, grow)
 
-        fresh = self.pool.allocate(len(copies) + sum(grow))
-        for (table, index), own in zip(copies, fresh.tolist(), strict=False):
+    def take(self, plan: "Plan", copy_block: Callable[[int, int], None]) -> None:
+        """Carry out a plan: the one place where blocks are taken. ``copy_block(source, target)`` makes the copies.
+
+        Raises CacheFull, and changes nothing, if the pool cannot give all blocks.
+        """
+        fresh = self.pool.allocate(plan.blocks)
+        for (table, index), own in zip(plan.copies, fresh.tolist(), strict=False):
             shared = int(table.ids[index])
             copy_block(shared, own)
             self.pool.release([shared])
             table.ids[index] = own
-        fresh = fresh[len(copies) :]
-        for table, count in zip(tables, grow, strict=True):
+        fresh = fresh[len(plan.copies) :]
+        for table, count in plan.grow:
             table.ids[table.num_blocks : table.num_blocks + count] = fresh[:count]
             table.num_blocks += count
             fresh = fresh[count:]
+
+
+class Plan(NamedTuple):
+    """Table entries that need a copy of their block, and how many more blocks each table needs."""
+
+    copies: list[tuple[Table, int]]
+    grow: list[tuple[Table, int]]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.copies) + sum(count for _, count in self.grow)

@@ -160,17 +160,21 @@ def attend_sequences(
 
     def attend_span(span: tuple[int, int, int]) -> list[Partial]:
         index, start, stop = span
-        partials = (tile.attend(q[index]) for tile in readers[index].blocks(start, stop))
-        first = next(partials, None)  # one after another: all at once would take memory in the square of the length
-        return [] if first is None else [fold(itertools.chain([first], partials))]
+        return _fold(tile.attend(q[index]) for tile in readers[index].blocks(start, stop))
 
     found = storage.backend.map(attend_span, spans) if cut.pieces else map(attend_span, spans)
     partials: list[list[Partial]] = [[] for _ in readers]
     for (index, _, _), partial in zip(spans, found, strict=True):
         partials[index] += partial
     for index, reader in enumerate(readers):
-        partials[index] += [tile.attend(q[index]) for tile in reader.tail()]
+        partials[index] += _fold(tile.attend(q[index]) for tile in reader.tail())
     return [fold(each) if each else _nothing(rows, storage, dtype) for each, rows in zip(partials, q, strict=True)]
+
+
+def _fold(partials: Iterator[Partial]) -> list[Partial]:
+    """One partial of all, if there are any: one after another, for all at once would take memory as the square."""
+    first = next(partials, None)
+    return [] if first is None else [fold(itertools.chain([first], partials))]
 
 
 def _nothing(q: Array, storage: BlockStorage, dtype: str) -> Partial:

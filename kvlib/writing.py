@@ -43,7 +43,7 @@ def append(
         encoded = storage.encode(k, v)
 
     targets, starts = [room.targets(storage.unit) for room in rooms], [room.stored for room in rooms]
-    tables.reserve(rows, targets, starts, stops, storage.copy)
+    tables.take(tables.plan(rows, targets, starts, stops), storage.copy)
     for table, room in zip(rows, rooms, strict=True):
         move(storage, table, layer, room)
         if policy and policy.once and tokens == 1 and table.seen[layer]:

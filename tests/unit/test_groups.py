@@ -412,3 +412,17 @@ def test_generation_feeds_a_long_prompt_in_steps(model):
     assert cache.lengths == {0: 41}
     with pytest.raises(ValueError, match="the cache holds 41 of at most 64 tokens"):
         kvlib.generate(model, prompt, 12, cache=cache)
+
+
+def test_a_refused_step_copies_nothing():
+    """Copy-on-write in the first group used to be done before the second was asked."""
+    spec = kvlib.CacheSpec(2, 16, 3, "float32")
+    cache = GroupedCache.for_windows(spec, [4, None, 4], batch=2, max_tokens=32, chunk=8, block_size=4, num_blocks=3)
+    k = np.ones((1, 2, 6, 16), np.float32)
+    for layer in range(3):
+        cache.append(k, k, layer=layer, seqs=[0])
+    twin = cache.fork(0)
+    before = [(each.num_free_blocks, each.block_table(0), each.block_table(twin)) for each in cache.caches]
+    with pytest.raises(kvlib.CacheFull):
+        cache.append(k, k, layer=0, seqs=[twin])
+    assert [(each.num_free_blocks, each.block_table(0), each.block_table(twin)) for each in cache.caches] == before
