@@ -20,7 +20,7 @@ from kvlib.threads import share_out
 Array = Any  # numpy.ndarray or torch.Tensor
 
 _local = threading.local()
-SCRATCH_BYTES = 1 << 23  # the largest buffer that a thread keeps: a tile fits, a whole sequence does not
+SCRATCH_BYTES = 1 << 22  # the largest buffer that a thread keeps: a tile fits, a whole sequence does not
 
 
 class NumpyBackend:

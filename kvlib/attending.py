@@ -40,9 +40,6 @@ def attend(
         if policy and policy.observe != 0:
             for table, row, whole, sight in zip(tables, rows, partials, sights, strict=True):
                 observe(storage, table, layer, row, whole, sight, sinks, policy)
-    for table in tables:
-        if table.tail:
-            table.tail.let_go(layer)
     outputs = [partial.normalise() for partial in partials]
     out = backend.xp.stack(outputs).reshape(batch, heads, tokens, spec.value_dim)
     return backend.astype(out, backend.dtype_name(q))

@@ -30,8 +30,9 @@ class Tail:
     """Rows of K and V for the tokens that wait in every layer, oldest first, in the spec's dtype.
 
     When several tokens come at once and groups close, ``runs`` keeps what has just been encoded, exact: the first of
-    the new queries see those tokens as if the later ones had not come yet. A long run goes once it is attended, one of
-    up to `DRAFT` tokens stays until the layer is written to again, so that drafts can be taken back exactly.
+    the new queries see those tokens as if the later ones had not come yet. A long run goes when another layer is
+    written to, for its own queries have been answered by then; one of up to `DRAFT` tokens stays until its layer is
+    written to again, so that drafts can be taken back exactly.
     """
 
     __slots__ = ("backend", "k", "runs", "short", "spec", "v")
@@ -75,10 +76,10 @@ class Tail:
             self.v[layer, :, start : start + k.shape[1]] = v
 
     def let_go(self, layer: int) -> None:
-        """The queries that came with the layer's run have seen it: a long one is given up."""
-        run = self.runs[layer]
-        if run and run.k.shape[1] > self.short:
-            self.runs[layer] = None
+        """Give up the run of ``layer``, which is being written to, and long ones of all others."""
+        for other, run in enumerate(self.runs):
+            if run and (other == layer or run.k.shape[1] > self.short):
+                self.runs[other] = None
 
     def read(self, layer: int, count: int, dtype: str) -> tuple[Array, Array]:
         """The first ``count`` rows: k (Hkv, count, D) and v (Hkv, count, Dv) in ``dtype``."""

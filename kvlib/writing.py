@@ -91,7 +91,7 @@ def _close_groups(storage: BlockStorage, table: Table, layer: int, k: Array, v: 
 
 def _write_closing(storage: BlockStorage, table: Table, layer: int, start: int, closing: Closing, tokens: int) -> None:
     k, v, closed, encoded, kept = closing
-    table.tail.runs[layer] = None
+    table.tail.let_go(layer)
     if closed:
         storage.write(layer, [table.ids], [start], encoded)
         if tokens > 1:

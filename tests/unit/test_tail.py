@@ -76,12 +76,16 @@ def test_attention_is_counted_once_for_a_token_seen_in_two_ways(codec):
 
 
 def test_what_was_just_encoded_is_let_go_of(codec):
-    """The exact rows of a long prompt are held for its own queries, and no longer."""
-    cache = build(codec)
+    """The exact rows of a long prompt are held for its own queries: those of one layer at a time, and until the next
+    token at the longest.
+    """
+    cache = build(codec, layers=3)
     before, k = cache.nbytes, rows()
-    cache.append(k, k)
-    assert before < cache.nbytes <= before + 2 * k.nbytes
-    cache.attend(k[:, :, -1:])
+    for layer in range(3):
+        cache.append(k, k, layer=layer)
+        assert before < cache.nbytes <= before + 2 * k.nbytes
+        assert np.array_equal(cache.attend(k, layer=layer), cache.attend(k, layer=layer))
+    cache.append(k[:, :, :1], k[:, :, :1], layer=0)
     assert cache.nbytes == before
 
 
