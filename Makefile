@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Where pip may also look for torch: the small CPU build is at https://download.pytorch.org/whl/cpu
+# Where pip may also look for torch: PyTorch's install page shows the index of the small CPU build
 TORCH_INDEX ?=
 
 PY     := $(VENV)/bin/python
@@ -13,7 +13,7 @@ VENDOR := _vendor/.complete
 NOTEBOOKS := $(sort $(wildcard chapters/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test notebooks lab bench lock clean
+.PHONY: help setup book test mutation notebooks lab bench quality lock clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ book: setup  ## Build the book into _build/html
 test: setup  ## Run every test: library, notebooks, book, browser
 	@$(PY) -m pytest tests $(NOTEBOOKS) --nbval --nbval-current-env --nbval-cell-timeout=300
 
+mutation: setup  ## Change kvlib in 320 places, one at a time, and count the changes that tests notice
+	@$(PY) scripts/mutation.py --write
+
 notebooks: setup  ## Re-execute the chapters in place and normalise what is stored
 	@$(PY) scripts/refresh_notebooks.py $(NOTEBOOKS)
 
@@ -34,6 +37,10 @@ lab: setup  ## Open JupyterLab on the chapters
 
 bench: setup  ## Print the table of CPU measurements
 	@$(PY) benchmarks/cpu.py
+
+quality: setup  ## Print the tables of what codecs and eviction cost the model
+	@$(PY) benchmarks/quality.py
+	@$(PY) benchmarks/structure.py
 
 lock:  ## Resolve requirements.txt again and write requirements.lock
 	@$(PYTHON) scripts/lock_requirements.py

@@ -5,7 +5,8 @@ itself states:
 
 1. Storage. A codec changes an element x of K or V by at most `stored_error`. A lossless codec changes nothing
    that is already in its dtype, and rounds the rest. A lossy codec states its bound: it has a method
-   ``max_error(rows: (..., D) float64 array) -> array of the same shape``, and joins this suite by having it.
+   ``max_error(rows: (..., T, D) float64 array) -> array of the same shape``, and joins this suite by having it.
+   Tokens that wait in the open tail are off by the rounding to the spec's dtype alone.
 2. Softmax. If every score of a row moves by at most e, every weight changes by a factor within
    exp(-2e) … exp(2e), so that |sum(w' v' - w v)| <= (exp(2e) - 1) * max|v| + max|v' - v|. See `output_error`.
 3. Arithmetic and the output's own dtype. See `ARITHMETIC`.
@@ -15,7 +16,9 @@ import math
 
 import numpy as np
 
-from kvlib.codecs import Plain
+import kvlib
+from kvlib.codecs import Codec, Plain, Split
+from tests.conformance import reference
 from tests.conformance.reference import SUBNORMAL, UNIT_ROUNDOFF
 
 # kvlib's promise for float32: at most 2e-6 of the largest output. The same number of units in the last
@@ -28,14 +31,49 @@ def rounding(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.maximum(np.abs(x) * UNIT_ROUNDOFF[dtype], SUBNORMAL[dtype] / 2)
 
 
-def lossless(codec: object) -> bool:
-    return isinstance(codec, Plain)
+def lossless(codec: Split) -> bool:
+    return isinstance(codec.k, Plain) and isinstance(codec.v, Plain)
 
 
-def stored_error(codec: object, x: np.ndarray, in_dtype: str) -> np.ndarray:
-    """The most that storing ``x``, given in ``in_dtype``, can move each of its elements. x (..., D)."""
-    if not lossless(codec):
-        return codec.max_error(np.asarray(x, np.float64))
+def closed_tokens(codec: Split, length: int) -> int:
+    """How many of a sequence's first tokens are encoded, when nothing was cut off: the rest lie exact in the tail."""
+    return max(0, (length - codec.residual) // codec.group * codec.group) if codec.tail else length
+
+
+def stored_error(
+    cache: kvlib.KVCache, side: str, x: np.ndarray, in_dtype: str, closed: int | None = None
+) -> np.ndarray:
+    """The most that storing ``x`` (..., S, D), the tokens 0 … S-1 of a sequence in ``in_dtype``, can move each number.
+
+    ``side`` is "k" or "v". ``closed``: tokens that are encoded; None is what follows from their number.
+    """
+    codec, x = cache.codec, np.asarray(x, np.float64)
+    if not x.size:
+        return np.zeros_like(x)
+    one = codec.k if side == "k" or cache.spec.latent else codec.v
+    if not codec.tail:
+        return _encoded_error(one, x, in_dtype)
+    closed = closed_tokens(codec, x.shape[-2]) if closed is None else closed
+    waited = reference.rounded(x, cache.spec.dtype)  # what lies in the tail, and what is encoded later
+    error = np.abs(waited - x)
+    if closed:
+        error[..., :closed, :] += _encoded_error(one, waited[..., :closed, :], cache.spec.dtype)
+    return error
+
+
+def stored_errors(
+    cache: kvlib.KVCache, k: np.ndarray, v: np.ndarray, in_dtype: str, closed: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`stored_error` of both sides; where V is a view of K, so is its error."""
+    k_error = stored_error(cache, "k", k, in_dtype, closed)
+    if cache.spec.latent:
+        return k_error, k_error[..., : cache.spec.latent]
+    return k_error, stored_error(cache, "v", v, in_dtype, closed)
+
+
+def _encoded_error(codec: Codec, x: np.ndarray, in_dtype: str) -> np.ndarray:
+    if not isinstance(codec, Plain):
+        return codec.max_error(x)
     if (
         UNIT_ROUNDOFF[codec.dtype] <= UNIT_ROUNDOFF[in_dtype]
         and SUBNORMAL[codec.dtype] <= SUBNORMAL[in_dtype]
@@ -69,3 +107,22 @@ def output_error(
     if out_dtype != compute_dtype:
         bound = bound + rounding(np.abs(expected) + bound, out_dtype)
     return bound
+
+
+def decoded_error(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None) -> float:
+    """The bound on |out - attention over k and v|, where k and v are the rows as `read` decodes them, all in float32.
+
+    A codec may multiply codes, offsets and turned rows instead of the rows. None of these has a number larger than
+    twice the norm of a row, and an offset once that: a product of D of them with q is summed up of magnitudes below
+    3 sqrt(D) |q| |k|, and is off by at most D + 8 roundings of that, in any order. The same for the values.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    def norm(x: np.ndarray) -> float:
+        return float(np.linalg.norm(x, axis=-1).max())
+
+    width, length = k.shape[-1], k.shape[-2]
+    unit = 3 * UNIT_ROUNDOFF["float32"]
+    score_error = abs(scale) * (width + 8) * unit * math.sqrt(width) * norm(q) * norm(k)
+    value_error = (length + v.shape[-1] + 8) * unit * math.sqrt(v.shape[-1]) * norm(v)
+    return float(np.expm1(2 * score_error) * np.abs(v).max() + value_error)

@@ -3,6 +3,7 @@ checked with this.
 """
 
 import dataclasses
+import functools
 import itertools
 import types
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ def leaves(root: Any) -> Iterator[tuple[str, Any]]:
             yield f"{path}.keys", repr(list(x))
             for key, value in x.items():
                 yield from walk(f"{path}[{key!r}]", value)
+        elif isinstance(x, functools.partial):
+            yield from walk(f"{path}.args", (*x.args, *x.keywords.values()))
         elif isinstance(x, (list, tuple, set, frozenset)):
             for index, value in enumerate(x):
                 yield from walk(f"{path}[{index}]", value)

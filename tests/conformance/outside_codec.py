@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvlib.arrays import Array, backend_of
+from kvlib.planes import Codec, Plane
 from tests.conformance.reference import UNIT_ROUNDOFF
 
 
 @dataclass(frozen=True, slots=True)
-class RowInt8:
+class RowInt8(Codec):
     """One token of one head in signed bytes, with one float32 scale: the largest element becomes ±127."""
 
     name: str = "row-int8"
 
-    def planes(self, width: int) -> dict[str, tuple[int, str]]:
-        return {"payload": (width, "int8"), "scale": (1, "float32")}
+    def planes(self, width: int) -> dict[str, Plane]:
+        return {"payload": Plane(width, "int8"), "scale": Plane(1, "float32")}
 
     def encode(self, rows: Array) -> dict[str, Array]:
         backend, xp = backend_of(rows), backend_of(rows).xp

@@ -89,7 +89,8 @@ def test_recall_is_what_generate_says(model, questions, settings):
         said.append("".join(kvlib.generate(model, question.prompt, len(question.answer), cache=cache)))
     expected = [text == question.answer for text, question in zip(said, questions, strict=True)]
     assert evaluate.recall(model, questions, batch=3, **settings).tolist() == expected
-    assert any(expected) and (settings == {} or not all(expected) or "codec" in settings)
+    assert any(expected)
+    assert settings.get("codec") != "int2" or not all(expected)  # so the comparison is of hits and misses
 
 
 def test_recall_in_chunks_and_apart(model, questions):
