@@ -27,8 +27,8 @@ CATALOGUE: dict[str, dict] = {
     "sliding-window": {"block_size": 16, "eviction": SlidingWindow(4096)},
     # StreamingLLM's 4 sinks and 1,020 recent tokens (Xiao et al. 2023, table 1).
     "streaming-llm": {"block_size": 16, "eviction": SlidingWindow(1020, sinks=4)},
-    # H2O with a fifth of 4,096 tokens, half of it recent (Zhang et al. 2023, section 5.1).
+    # H2O with a fifth of 4,096 tokens, half of it recent (Zhang et al. 2023).
     "h2o": {"block_size": 16, "eviction": HeavyHitter(820)},
-    # SnapKV with a window of 32, kernel 7, and 1,024 tokens of the prompt (Li et al. 2024, table 1).
+    # SnapKV with a window of 32, kernel 7, and 1,024 tokens of the prompt (Li et al. 2024).
     "snapkv": {"block_size": 16, "eviction": SnapKV(1024)},
 }

@@ -125,6 +125,9 @@ class Shadow:
         closed = max(layer.closed, closed - (closed - layer.closed) % self.unit) if self.codec.tail else layer.seen
         for units in layer.kept:
             units += range(layer.closed, closed, self.unit)
+        for other in self.layers:  # a long run is given up when another layer is written to
+            if other.run is not None and other.seen - other.run > self.codec.tail + DRAFT:
+                other.run = None
         layer.run = layer.closed if self.codec.tail and tokens > 1 and closed > layer.closed else None
         layer.closed = closed
 
@@ -297,8 +300,6 @@ class Shadow:
         if layer.queries and layer.queries[-1][2] != queries[0]:
             layer.queries = []  # these do not follow upon those
         layer.queries.append((q, settings, layer.seen))
-        if layer.run is not None and layer.seen - layer.run > self.codec.tail + DRAFT:
-            layer.run = None  # a long run is given up once it is attended
 
     def _view(self, index: int, head: int, read: tuple) -> tuple[np.ndarray, ...]:
         """Rows k (S, D) and v as they are read, their positions, and whether (S,) they are exact.

@@ -365,7 +365,7 @@ def test_threads_of_the_caller(entry, rng):
     caches, queries = [], []
     for _ in range(4):
         k_in, v_in, q_in = (setup.draw(rng, 1, heads, 300, 32)[1] for heads in (2, 2, 8))
-        caches.append(fill(setup.cache(max_tokens=300), k_in, v_in, [299, 1]))
+        caches.append(fill(setup.cache(max_tokens=300), k_in, v_in, [300]))
         queries.append(q_in[:, :, -3:])
     alone = [bits(cache.attend(q)) for cache, q in zip(caches, queries, strict=True)]
     with ThreadPoolExecutor(4) as pool:

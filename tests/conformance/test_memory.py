@@ -306,6 +306,6 @@ def test_what_is_gathered_is_not_kept(entry, act):
         else:
             cache.read(0)
         del cache
-        assert tracemalloc.get_traced_memory()[0] < held / 4
+        assert tracemalloc.get_traced_memory()[0] < held / 3  # 8 MiB at most for each plane
     finally:
         tracemalloc.stop()

@@ -24,21 +24,19 @@ SEQUENCES = 5  # open at once, at most
 class CacheMachine(RuleBasedStateMachine):
     """`Story` does what the rules say, and its shadows check what comes out."""
 
-    backend = "numpy"
+    policy, backend = "all", "numpy"
 
     @initialize(
         block=st.sampled_from([*BLOCKS, "three groups"]),
         codec=st.sampled_from(list(CODECS)),
-        policy=st.sampled_from(list(POLICIES)),
         layers=st.integers(1, 3),
         batch=st.integers(0, 3),
         tokens=st.integers(8, 160),
         max_tokens=st.integers(18, 40),
     )
-    def build(self, block, codec, policy, layers, batch, tokens, max_tokens):
+    def build(self, block, codec, layers, batch, tokens, max_tokens):
         """A pool for ``tokens`` tokens, or a few more."""
-        event(f"policy: {policy}")
-        self.composition = Composition("16" if block == "three groups" else block, codec, policy, self.backend)
+        self.composition = Composition("16" if block == "three groups" else block, codec, self.policy, self.backend)
         spec = kvlib.CacheSpec(2, 32, layers, "float32")
         self.settings = {"spec": spec, "max_tokens": max_tokens, "batch": batch}
         if block == "three groups":
@@ -185,11 +183,23 @@ class CacheMachine(RuleBasedStateMachine):
             self.story.check()
 
 
-class TorchCacheMachine(CacheMachine):
-    backend = "torch"
+def machine(policy: str, backend: str, steps: int) -> type:
+    """The machine for one policy: hypothesis would rather draw some of them than others."""
+    name = f"{policy} {backend}".title().replace(" ", "").replace(",", "")
+    case = type(f"{name}Machine", (CacheMachine,), {"policy": policy, "backend": backend}).TestCase
+    case.settings = settings(stateful_step_count=steps, max_examples=math.ceil(settings.default.max_examples / 5))
+    return case
 
 
-TestNumpyCache = CacheMachine.TestCase
-TestNumpyCache.settings = settings(stateful_step_count=30)
-TestTorchCache = TorchCacheMachine.TestCase
-TestTorchCache.settings = settings(stateful_step_count=15)
+TestAllNumpy, TestAllTorch = machine("all", "numpy", 30), machine("all", "torch", 15)
+TestWindowNumpy, TestWindowTorch = machine("window", "numpy", 30), machine("window", "torch", 15)
+TestSinksNumpy, TestSinksTorch = machine("window, sinks", "numpy", 30), machine("window, sinks", "torch", 15)
+TestH2ONumpy, TestH2OTorch = machine("h2o", "numpy", 30), machine("h2o", "torch", 15)
+TestSnapKVNumpy, TestSnapKVTorch = machine("snapkv", "numpy", 30), machine("snapkv", "torch", 15)
+TestLastQueryNumpy, TestLastQueryTorch = machine("last query", "numpy", 30), machine("last query", "torch", 15)
+TestEveryThirdNumpy, TestEveryThirdTorch = machine("every third", "numpy", 30), machine("every third", "torch", 15)
+
+
+def test_every_policy_has_its_machines():
+    cases = [case for name, case in globals().items() if name.startswith("Test")]
+    assert len(cases) == len(POLICIES) * 2

@@ -236,3 +236,22 @@ def test_codecs_by_name():
         get_codec("int3", "float32")
     with pytest.raises(TypeError, match="lacks them"):
         get_codec(3, "float32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "least"),
+    [("float64", 53, -1074), ("float32", 24, -149), ("float16", 11, -24), ("bfloat16", 8, -133)],
+)
+def test_plain_is_off_by_half_a_unit_or_half_the_least_number(dtype, bits, least):
+    """IEEE 754's numbers, and bfloat16's: float32 with 16 bits fewer."""
+    bound = Plain(dtype).max_error(np.array([0.0, 1.0, -4.0]))
+    assert bound[0] == 2.0**least / 2
+    assert bound[1:] == pytest.approx([2.0**-bits, 4 * 2.0**-bits], rel=1e-3)
+
+
+def test_names_say_what_is_stored():
+    assert Split(Int(8), Int(8)).name == "int8 per token"
+    assert Split(Int(4, "channel", 8), Int(4, group_size=16), 5).name == (
+        "K int4 per channel/8, V int4 per token/16, last 5 exact"
+    )
+    assert Int(2, symmetric=True).name == "int2 per token symmetric"

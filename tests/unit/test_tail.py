@@ -141,3 +141,15 @@ def test_twins_keep_what_their_queries_may_see(codec):
     twin = cache.fork(0)
     cache.append(k[:, :, :1], v[:, :, :1], seqs=[0])
     assert np.array_equal(cache.attend(q, seqs=[twin]), alone.attend(q))
+
+
+@pytest.mark.parametrize("n", [49, 44, 37, 32])
+def test_what_is_left_of_the_last_append_still_sees_itself(codec, n):
+    """After a rollback the queries of the tokens that stayed are told what they would be told alone; twice over."""
+    drafted, alone = build(codec), build(codec)
+    expected = run(alone, [1] * n)
+    run(drafted, (30, 20))
+    for end in (n, n - 1):
+        drafted.truncate(0, end)
+        found = np.asarray(drafted.attend(2 * rows(2 * HEADS, seed=2)[:, :, 30:end]))[0]
+        np.testing.assert_allclose(found, expected[:, 30:end], rtol=2e-5, atol=2e-5)
