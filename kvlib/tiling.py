@@ -102,7 +102,7 @@ class Reader:
         seen, held = int(self.table.seen[self.layer]), self.stored + self.waiting
         if self.sight.exact is not None:
             run = self.table.tail.runs[self.layer]
-            for lo in range(0, seen - run.first, self.cut.tile):
+            for lo in range(int(self.sight.exact[0]) - run.first, seen - run.first, self.cut.tile):
                 hi = min(lo + self.cut.tile, seen - run.first)
                 rows = self.table.tail.read_run(self.layer, lo, hi, self.dtype)
                 yield self._exact(rows, run.first + lo, held - (seen - run.first) + lo)
