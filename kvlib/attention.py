@@ -73,11 +73,13 @@ def score(q: Array, k: Array, strip: int = 0) -> Array:
     whole = k.shape[-2] // strip * strip if strip else 0
     if not whole:
         return q @ k.mT
-    strips = q[..., None, :, :] @ _strips(k[..., :whole, :], strip).mT  # (..., strips, R, strip)
-    scores = strips.swapaxes(-3, -2).reshape(*strips.shape[:-3], q.shape[-2], whole)
-    if whole == k.shape[-2]:
-        return scores
-    return backend_of(q).xp.concat([scores, q @ k[..., whole:, :].mT], axis=-1)
+    backend, xp = backend_of(q), backend_of(q).xp
+    scores = backend.empty((*k.shape[:-2], q.shape[-2], k.shape[-2]), backend.dtype_name(q))
+    by_strip = scores[..., :whole].reshape(*scores.shape[:-1], -1, strip).swapaxes(-3, -2)  # (..., strips, R, strip)
+    xp.matmul(q[..., None, :, :], _strips(k[..., :whole, :], strip).mT, out=by_strip)
+    if whole < k.shape[-2]:
+        scores[..., whole:] = q @ k[..., whole:, :].mT
+    return scores
 
 
 def mix(weights: Array, v: Array, strip: int = 0) -> Array:
