@@ -22,6 +22,7 @@ numbers and interned strings. Cosmic Ray changes no strings, so docstrings and m
 """
 
 import argparse
+import ast
 import datetime
 import difflib
 import hashlib
@@ -45,14 +46,20 @@ from mutants.runs import Job, collect, copy_tree, run_jobs
 from mutants.trial import choose, judge, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
-# what holds a token's life: where it lies, how it is stored, which ones stay, how they are attended
-MODULES = (
-    "attention", "blocks", "tables", "storage", "tail", "codecs", "planes", "integers", "minifloat", "floatbits",
-    "float4", "rotation", "sight", "tiling", "attending", "writing", "rollback", "reading", "retention", "eviction",
-    "cache", "checks", "prefix", "index",
-)  # fmt: skip
 RECORD = ROOT / "benchmarks" / "results" / "mutation.json"
 TESTS = ("tests/unit", "tests/conformance")
+BACKENDS = {"arrays", "threads", "spec"}  # below the cache: NumPy or torch, and the shapes
+
+
+def modules(package: Path, roots: tuple[str, ...] = ("cache", "prefix")) -> list[str]:
+    """What the cache and its prefix index are made of: what they import of the package, and what that imports."""
+    found, todo = set(), set(roots)
+    while todo:
+        found |= todo
+        nodes = [node for name in todo for node in ast.walk(ast.parse((package / f"{name}.py").read_text()))]
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        todo = {name.removeprefix("kvlib.") for name in names if name.startswith("kvlib.")} - found - BACKENDS
+    return sorted(found)
 
 
 def run_mutants(
@@ -135,7 +142,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=40.0, help="of tests for a mutant, as the baseline took them")
     parser.add_argument("--cases", type=int, default=50, help="of each test function, at most")
-    parser.add_argument("--modules", nargs="+", default=MODULES, metavar="NAME")
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="default: cache, prefix, and what these import")
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="PATH", help="files or folders")
     parser.add_argument("--write", action="store_true", help="put the result on record in benchmarks/results")
     options = parser.parse_args()
@@ -162,7 +169,8 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
     folder = ROOT / "build" / "mutation" / state.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
 
-    sources = {name: (pristine / "kvlib" / f"{name}.py").read_text(encoding="utf-8") for name in options.modules}
+    names = options.modules or modules(pristine / "kvlib")
+    sources = {name: (pristine / "kvlib" / f"{name}.py").read_text(encoding="utf-8") for name in names}
     mutants, places = sample(sources, options.sample, options.seed)
     print(f"{len(mutants)} mutants at {places.total()} places in {len(sources)} modules", flush=True)
     baseline = measure(folder / f"baseline-{options.cases}.json", files, trees, options.cases)

@@ -75,6 +75,10 @@ class _Judge(Plugin):
         if report.failed and not self.failed:
             self.failed = report.nodeid
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed = "import"
+
 
 def judge(tree: Path, change: dict[str, str], seconds: dict[str, float]) -> int:
     """Put the texts of ``change`` in place, and run the tests named in ``seconds`` until one fails: pytest's status."""
@@ -103,8 +107,8 @@ def verdict(status: int, log: Path) -> tuple[str, str]:
         name = signal.Signals(os.WTERMSIG(status)).name
         return ("timed out" if name == "SIGALRM" else "killed"), name
     code = os.waitstatus_to_exitcode(status)
-    if code == pytest.ExitCode.TESTS_FAILED:
+    if code == pytest.ExitCode.USAGE_ERROR:
+        return "killed", "import"  # of a conftest
+    if code in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         return "killed", log.read_text(errors="replace").rsplit("failed: ", 1)[-1].strip()
-    if code in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR):  # a file of tests, a conftest
-        return "killed", "import"
     return ("survived" if code == pytest.ExitCode.OK else "error"), ""

@@ -132,6 +132,7 @@ def test_units_that_stay():
     assert SlidingWindow(10, sinks=3).units(waiting=0, unit=1) == 12
     assert SlidingWindow(10, sinks=3).units(waiting=2, unit=4) == 1 + 2
     assert SlidingWindow(10).units(waiting=30, unit=4) == 0
+    assert SlidingWindow(3, sinks=2).units(waiting=5, unit=1) == 2  # a tail longer than the window takes no sink away
 
 
 @pytest.mark.parametrize(
@@ -300,6 +301,15 @@ def test_a_window_sees_what_it_says_in_any_chunks(codec, policy):
         assert caches[0].read(0)[2].tolist() == np.flatnonzero(visible).tolist()
         np.testing.assert_array_equal(caches[0].read(0)[0], all_k[:, visible])
         start = stop
+
+
+def test_nothing_may_be_published_of_a_sequence_that_evicts():
+    """Its blocks do not hold what a prefix index would take them for."""
+    x = np.ones((1, HEADS, 12, WIDTH), np.float32)
+    for policy, computed in ((None, 12), (SlidingWindow(20), 0)):
+        cache = kvlib.KVCache(kvlib.CacheSpec(HEADS, WIDTH, dtype="float32"), eviction=policy, block_size=4)
+        cache.append(x, x)
+        assert cache.computed(0) == computed
 
 
 def test_a_stream_longer_than_max_tokens():

@@ -94,6 +94,16 @@ def test_a_salt_separates_tenants(index_class, salts):
 
 
 @BOTH
+def test_a_prompt_of_many_blocks(index_class):
+    _pool, index = build(index_class, blocks=1000, size=1)
+    _, own = serve(index, range(700))
+    assert index.match(range(700)) == own[:-1]
+    assert index.match([*range(600), 0, 1]) == own[:600]
+    assert index.evict(300) == 300
+    assert index.match(range(700)) == own[:400]
+
+
+@BOTH
 def test_the_same_tokens_elsewhere_are_another_block(index_class):
     """Keys and values depend on everything before them."""
     _, index = build(index_class)
