@@ -90,8 +90,8 @@ class MXFP4(BlockFloat4):
     every step: Gaussian rows come back 11.50 % off as it is (root mean square), and 11.54 % if nothing is clipped.
     The smallest scale written is 2^-126, though e8m0 has 2^-127 too.
 
-    Error: |x| / 4, for half a step is at most that and so is the way from below 8 to 6; or, for the smallest numbers of
-    a block, a quarter of its scale, which is at most max |block| / 4.
+    Error: abs(x) / 4, for half a step is at most that and so is the way from below 8 to 6; or, for the smallest numbers
+    of a block, a quarter of its scale, which is at most max abs(block) / 4.
 
     Source: OCP Microscaling Formats (MX) Specification v1.0, 2023; Rouhani et al. 2023 (arXiv:2310.10537).
     """
@@ -116,12 +116,13 @@ class MXFP4(BlockFloat4):
 class NVFP4(BlockFloat4):
     """Four-bit floats, 16 columns to a scale in e4m3, and one scale for the whole cache: 4.5 bits per element.
 
-    A block's scale is max |block| / 6 in units of ``tensor_scale``, rounded to e4m3. With the default of 1 it keeps its
-    precision while max |block| lies between 0.1 and 2688; beyond that numbers are clipped, and below it the steps are
-    coarse (the smallest scale is 2^-9). For other data set ``tensor_scale`` to max |data| / 2688, as NVIDIA does.
+    A block's scale is max abs(block) / 6 in units of ``tensor_scale``, rounded to e4m3. With the default of 1 it keeps
+    its precision while max abs(block) lies between 0.1 and 2688; beyond that numbers are clipped, and below it the steps
+    are coarse (the smallest scale is 2^-9). For other data set ``tensor_scale`` to max abs(data) / 2688, as NVIDIA does.
 
-    Error: |x| / 4 or a quarter of the block's scale, which is (1 ± 1/16) max |block| / 6, or off by tensor_scale / 2^10
-    where e4m3 is subnormal; and where that comes out so small that 6 does not reach x, |x| - 6 scale.
+    Error: abs(x) / 4 or a quarter of the block's scale, which is (1 ± 1/16) max abs(block) / 6, or off by
+    tensor_scale / 2^10 where e4m3 is subnormal; and where that comes out so small that 6 does not reach x,
+    abs(x) - 6 scale.
 
     Raises:
         ValueError: ``tensor_scale`` is not between 1e-30 and 1e30.

@@ -59,8 +59,9 @@ class Float8(MiniFloat):
     rows of any size fit; its bits are kept as an int16, which needs no package beside NumPy. In attention it multiplies
     scores and weights instead of rows.
 
-    Error: half a step, so |x| / 16 in e4m3 and |x| / 8 in e5m2; or, for the smallest numbers of a row, the half step
-    that its scale leaves: max |row| / 448 / 2^10 or max |row| / 57344 / 2^17, times 1 + 2^-7 for the scale's rounding.
+    Error: half a step, so abs(x) / 16 in e4m3 and abs(x) / 8 in e5m2; or, for the smallest numbers of a row, the half
+    step that its scale leaves: max abs(row) / 448 / 2^10 or max abs(row) / 57344 / 2^17, times 1 + 2^-7 for the scale's
+    rounding.
 
     Args:
         format: "e4m3" (4 bits of exponent, 3 of mantissa; largest 448) or "e5m2" (5 and 2; largest 57344).
