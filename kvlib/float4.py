@@ -117,7 +117,7 @@ class NVFP4(BlockFloat4):
     """Four-bit floats, 16 columns to a scale in e4m3, and one scale for the whole cache: 4.5 bits per element.
 
     A block's scale is max abs(block) / 6 in units of ``tensor_scale``, rounded to e4m3. With the default of 1 it keeps
-    its precision while max abs(block) lies between 0.1 and 2688; beyond that numbers are clipped, and below it steps are
+    its precision while max abs(block) lies between 0.1 and 2688; beyond that numbers are clipped, below it steps are
     coarse (the smallest scale is 2^-9). For other data set ``tensor_scale`` to max abs(data) / 2688, as NVIDIA does.
 
     Error: abs(x) / 4 or a quarter of the block's scale, which is (1 ± 1/16) max abs(block) / 6, or off by
