@@ -191,7 +191,7 @@ def test_mass_is_the_weights_added_up_over_rows(array):
     whole = attend_tile(array(q), array(k), array(v), array(hidden + np.zeros((3, 9))))
     whole = Partial(whole.m, whole.l + array(1.0 * np.isinf(hidden)), whole.o)  # as a sink would: no 0 / 0
     rows = host(torch.softmax(scores, dim=-1))[:, [0, 2]].sum(axis=1)
-    close(mass(array(host(scores) + hidden), whole), rows)
+    close(mass(array(host(scores) + hidden), whole), rows, slack=1e-14)
 
 
 def test_a_sink_is_one_more_key_of_value_zero(array):
