@@ -15,7 +15,7 @@ from kvlib.codecs import Codec, Split, get_codec
 from kvlib.eviction import Policy
 from kvlib.reading import read_tokens
 from kvlib.rollback import truncate
-from kvlib.spec import CacheSpec
+from kvlib.spec import CacheSpec, is_whole
 from kvlib.storage import BlockStorage
 from kvlib.tables import BlockTables, Table
 from kvlib.writing import append
@@ -155,7 +155,7 @@ class KVCache:
         evicted, or ``n`` is more than there are.
         """
         table = self._tables[seq]
-        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= table.length:
+        if not is_whole(n) or not 0 <= n <= table.length:
             raise ValueError(f"sequence {seq} holds {table.length} tokens: cannot truncate it to {n!r}")
         truncate(self._storage, self._tables, table, int(n))
 
@@ -244,7 +244,7 @@ class KVCache:
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _resolve(self, layer: int, seqs: SequenceOf[int] | None) -> dict[int, Table]:
-        if not isinstance(layer, int | np.integer) or isinstance(layer, bool) or not 0 <= layer < self.spec.num_layers:
+        if not is_whole(layer) or not 0 <= layer < self.spec.num_layers:
             raise IndexError(f"layer must be an integer from 0 to {self.spec.num_layers - 1}, got {layer!r}")
         if isinstance(seqs, int | float | np.number):
             raise TypeError(f"seqs must be a list of sequence ids, got {seqs!r}: write seqs=[{seqs!r}]")

@@ -170,6 +170,11 @@ class Slots:
         self.decided = np.zeros(num_layers, bool)
         self.recent: list[Recent | None] = [None] * num_layers
 
+    def by_token(self, layer: int, start: int, stop: int, unit: int) -> np.ndarray:
+        """The position of each token in units start … stop-1 of ``unit`` tokens: (Hkv, tokens), -1 in holes."""
+        units = self.positions[layer, :, start:stop, None]
+        return np.where(units < 0, -1, units + np.arange(unit)).reshape(len(units), -1)
+
     def arrays(self) -> list[Array]:
         queries = [x for recent in self.recent if recent for x in (recent.q, recent.sinks) if x is not None]
         return [self.positions, self.mass, self.tail_mass, self.decided, *queries]

@@ -14,7 +14,7 @@ import numpy as np
 from kvlib.codecs import Codec, Split, get_codec
 from kvlib.eviction import Policy, SlidingWindow
 from kvlib.registry import ModelLike, find
-from kvlib.spec import FLOAT_BYTES, CacheSpec
+from kvlib.spec import FLOAT_BYTES, CacheSpec, is_whole
 
 ID, LENGTH, POSITION, MASS, FLAG = 4, 8, 4, 4, 1  # bytes of one entry of what a cache knows about its blocks and slots
 
@@ -215,6 +215,6 @@ def _numpy_name(dtype: str) -> str:
 
 
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)

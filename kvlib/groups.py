@@ -16,7 +16,7 @@ from kvlib.arrays import Array
 from kvlib.cache import KVCache
 from kvlib.codecs import get_codec
 from kvlib.eviction import SlidingWindow
-from kvlib.spec import CacheSpec
+from kvlib.spec import CacheSpec, is_whole
 from kvlib.steps import evicted, plan
 
 
@@ -72,7 +72,7 @@ class GroupedCache:
         shared = dict(shared or {})
         if len(windows) != spec.num_layers:
             raise ValueError(f"windows must have one entry for each of {spec.num_layers} layers, got {len(windows)}")
-        if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
+        if not is_whole(chunk) or chunk < 1:
             raise ValueError(f"chunk must be an integer of at least 1, got {chunk!r}")
         for layer, owner in shared.items():
             fits = 0 <= owner < layer < len(windows) and owner not in shared and windows[owner] == windows[layer]
@@ -158,7 +158,7 @@ class GroupedCache:
         """
         self.caches[0].block_table(seq)  # raises KeyError unless it is open
         length = self.lengths[seq]
-        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= length:
+        if not is_whole(n) or not 0 <= n <= length:
             raise ValueError(f"sequence {seq} holds {length} tokens: cannot truncate it to {n!r}")
         for group, cache in enumerate(self.caches):
             if lost := evicted(cache, seq, int(n)):
@@ -223,7 +223,7 @@ class GroupedCache:
 
     def _place(self, layer: int) -> tuple[KVCache, int]:
         layers = len(self.places)
-        if not isinstance(layer, int | np.integer) or isinstance(layer, bool) or not 0 <= layer < layers:
+        if not is_whole(layer) or not 0 <= layer < layers:
             raise IndexError(f"layer must be an integer from 0 to {layers - 1}, got {layer!r}")
         group, local = self.places[layer]
         return self.caches[group], local

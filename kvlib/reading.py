@@ -24,14 +24,13 @@ def read_tokens(
     k, v = (backend.xp.concat(x, axis=1) for x in zip(*parts, strict=True))
     if policy is None:
         return k, v, np.arange(seen)
-    units = table.slots.positions[layer, :, : stored // storage.unit, None]
-    positions = np.where(units < 0, -1, units + np.arange(storage.unit)).reshape(len(units), -1)
-    tail = np.broadcast_to(np.arange(seen - waiting, seen), (len(units), waiting))
+    positions = table.slots.by_token(layer, 0, stored // storage.unit, storage.unit)
+    tail = np.broadcast_to(np.arange(seen - waiting, seen), (len(positions), waiting))
     positions = np.concatenate([positions, tail], axis=1)
     gone = ~Sight(seen, 1, policy.rules()).visible(positions)[:, 0]
     order = np.lexsort((positions, gone), axis=-1)[:, : int((~gone).sum(axis=1).max())]
     positions = np.take_along_axis(np.where(gone, -1, positions), order, axis=1)
-    heads = backend.asarray(np.arange(len(units))[:, None])
+    heads = backend.asarray(np.arange(len(positions))[:, None])
     k, v = (x[heads, backend.asarray(order)] for x in (k, v))
     empty = backend.asarray(positions < 0)
     k[empty], v[empty] = 0, 0

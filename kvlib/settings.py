@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-import numpy as np
-
 from kvlib.families import FAMILIES, NEARLY
+from kvlib.spec import is_whole
 
 # what a setting must be where it is there and not null; sizes and numbers are checked one by one
 TYPES: dict[str, type] = {
@@ -54,7 +53,7 @@ def read_settings(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def size(settings: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int:
     """A setting that must be an integer of at least ``least``."""
     value = settings.get(name, default)
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+    if not is_whole(value) or value < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"config.json: {name} must be {wanted}, got {value!r}")
     return int(value)

@@ -44,8 +44,7 @@ def evicted(cache: KVCache, seq: int, n: int) -> int:
     needed = np.flatnonzero(Sight(n + 1, 1, cache.eviction.rules()).visible(np.arange(n))[0])
     for layer in np.flatnonzero(table.seen > n):
         seen, waiting = int(table.seen[layer]), int(table.waiting[layer])
-        units = table.slots.positions[layer, 0]  # windows are alike in all heads
-        stored = (units[units >= 0, None] + np.arange(unit)).ravel()
-        held = np.concatenate([stored, np.arange(seen - waiting, seen)])
+        stored = table.slots.by_token(layer, 0, int(table.stored[layer]) // unit, unit)
+        held = np.concatenate([stored[0], np.arange(seen - waiting, seen)])  # windows are alike in all heads
         lost = max(lost, int((~np.isin(needed, held)).sum()))
     return lost

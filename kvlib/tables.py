@@ -11,7 +11,7 @@ from kvlib.arrays import Array, Backend
 from kvlib.blocks import BlockPool
 from kvlib.codecs import Split
 from kvlib.eviction import Policy, Slots
-from kvlib.spec import CacheSpec
+from kvlib.spec import CacheSpec, is_whole
 from kvlib.tail import Tail
 
 
@@ -87,7 +87,7 @@ class BlockTables:
 
     def __getitem__(self, seq: int) -> Table:
         # True == 1 and 0.0 == 0: a mask handed over as ids would silently name sequences 1 and 0
-        if isinstance(seq, int | np.integer) and not isinstance(seq, bool) and seq in self.open_tables:
+        if is_whole(seq) and seq in self.open_tables:
             return self.open_tables[seq]
         raise KeyError(f"sequence {seq!r} is not open; open sequences: {list(self.open_tables)}")
 

@@ -91,9 +91,7 @@ class Reader:
             if self.table.slots is None:
                 bias, seen = (None, True) if self.sight.all_of(lo, hi) else self._hide(np.arange(lo, hi))
             else:
-                units = self.table.slots.positions[self.layer, :, lo // unit : hi // unit, None]
-                positions = np.where(units < 0, -1, units + np.arange(unit)).reshape(len(units), -1)
-                bias, seen = self._hide(positions)
+                bias, seen = self._hide(self.table.slots.by_token(self.layer, lo // unit, hi // unit, unit))
             if seen:
                 yield self._encoded(lo, hi, bias)
 
