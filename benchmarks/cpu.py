@@ -6,24 +6,19 @@ with machine and versions.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recording import save
 
 import kvlib
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 128  # grouped-query attention 8:2
 SHORT, MIDDLE, LONG = 1024, 16384, 32768
-RESULTS = Path(__file__).parent / "results"
 
 
 def interleave(runs: dict[str, Callable[[], Any]], rounds: int, calls: int = 1) -> dict[str, float]:
@@ -187,24 +182,13 @@ def main() -> None:
     print(f"{'ratio of medians':{width}}  {'measured':>9}  promised")
     for name, value, promise in table:
         print(f"{name:{width}}  {value:9.2f}  {promise}")
-    versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch", "transformers")}
     record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": _cpu_name(), "cores": kvlib.threads.num_threads(), "system": platform.system()},
-        "versions": {"python": platform.python_version(), "kvlib": kvlib.__version__, **versions},
         "rounds": rounds,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "results": [{"what": name, "measured": round(value, 4), "promised": promise} for name, value, promise in table],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"wrote {RESULTS.name}/cpu.json")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    path = save("cpu.json", record, ("numpy", "torch", "transformers"))
+    print(f"wrote {path.parent.name}/{path.name}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ def save(name: str, content: dict[str, Any], packages: tuple[str, ...] = ("numpy
     """Write results/``name``: date, machine and versions, then ``content``."""
     about = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {"cpu": cpu_name(), "cores": kvlib.threads.num_threads(), "system": platform.system()},
         "versions": {
             "python": platform.python_version(),
             "kvlib": kvlib.__version__,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import kvlib
+
 VOCAB, PROMPT, NEW = 128, 60, 48
 CHUNKS = (23, 1, 30, 1, 1, 4)  # of the prompt: long, single, ragged
 
@@ -119,6 +121,24 @@ class Reference(NamedTuple):
     cached_logits: np.ndarray  # the same in CHUNKS, with transformers' DynamicCache
     generated: list[int]  # NEW tokens, greedy, with its DynamicCache
     recomputed: list[int]  # the same without any cache
+
+
+PLACES = ["numpy", "torch", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def loaded(reference: Reference, place: str, torch: ModuleType) -> kvlib.Transformer:
+    """kvlib's model of the reference in one of PLACES; a skip where there is no such place."""
+    if place != "cuda":
+        return kvlib.Transformer.from_pretrained(reference.path, place)
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none here")
+    return kvlib.Transformer.from_pretrained(reference.path, "torch", "cuda")
+
+
+def logits_of(model: kvlib.Transformer, tokens: Any, cache: Any = None, **options: Any) -> np.ndarray:
+    logits = model(tokens, cache, **options)
+    assert model.backend.owns(logits) and model.backend.dtype_name(logits) == "float32"
+    return model.backend.to_numpy(logits)
 
 
 def required(name: str) -> ModuleType:

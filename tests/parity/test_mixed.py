@@ -8,20 +8,16 @@ import pytest
 import kvlib
 from kvlib.config import ModelConfig
 
-from .conftest import MIXED, WINDOW, build, learned
+from .conftest import MIXED, PLACES, WINDOW, build, learned, loaded, logits_of
 
 TOLERANCE = 1e-4  # absolute, on float32 logits of a few units
 CHUNKS = (23, 1, 30, 1, 1, 4)
 CACHES = ["contiguous", "paged", "fitting", "fitting-paged"]
 
 
-@pytest.fixture(params=["numpy", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=PLACES)
 def model(request, mixed, torch):
-    if request.param != "cuda":
-        return kvlib.Transformer.from_pretrained(mixed.path, request.param)
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, and torch sees none here")
-    return kvlib.Transformer.from_pretrained(mixed.path, "torch", "cuda")
+    return loaded(mixed, request.param, torch)
 
 
 @pytest.fixture(params=CACHES)
@@ -32,12 +28,6 @@ def cache(request, model):
         return model.new_cache(1, 128, chunk=max(CHUNKS), block_size=block_size)
     where = {"backend": model.backend.name, "device": model.backend.device}
     return kvlib.KVCache(model.spec, 1, 128, block_size=block_size, **where)
-
-
-def logits_of(model, tokens, cache=None, **options) -> np.ndarray:
-    logits = model(tokens, cache, **options)
-    assert model.backend.owns(logits) and model.backend.dtype_name(logits) == "float32"
-    return model.backend.to_numpy(logits)
 
 
 def test_the_reference_says_something(mixed, torch):

@@ -5,17 +5,15 @@ import pytest
 
 import kvlib
 
+from .conftest import PLACES, loaded, logits_of
+
 TOLERANCE = 1e-4  # absolute, on float32 logits of a few units
 CACHES = {"contiguous": {}, "paged": {"block_size": 16}}
 
 
-@pytest.fixture(params=["numpy", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=PLACES)
 def model(request, reference, torch):
-    if request.param != "cuda":
-        return kvlib.Transformer.from_pretrained(reference.path, request.param)
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, and torch sees none here")
-    return kvlib.Transformer.from_pretrained(reference.path, "torch", "cuda")
+    return loaded(reference, request.param, torch)
 
 
 def new_cache(model, kind: str, batch: int = 1) -> kvlib.KVCache | None:
@@ -33,12 +31,6 @@ def make_cache(request, model):
 @pytest.fixture(params=["none", *CACHES])
 def any_cache(request, model):
     return new_cache(model, request.param)
-
-
-def logits_of(model, tokens, cache=None, **options) -> np.ndarray:
-    logits = model(tokens, cache, **options)
-    assert model.backend.owns(logits) and model.backend.dtype_name(logits) == "float32"
-    return model.backend.to_numpy(logits)
 
 
 def test_the_reference_says_something(reference, torch):
