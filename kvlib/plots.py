@@ -19,6 +19,8 @@ INK = "#222222"
 MUTED = "#767676"
 FAINT = "#d9d9d9"
 CYCLE = (K, V, Q, ACCENT, AMBER, SKY)
+# one colour for each request or sequence, apart from those of K, V and Q (Tol's "muted")
+REQUESTS = ("#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#882255", "#44aa99", "#999933")
 
 
 def setup() -> None:
@@ -64,3 +66,29 @@ def figure(rows: int = 1, columns: int = 1, height: float = 3.2, **kwargs):
 def label_line(axes: Axes, x: float, y: float, text: str, colour: str, **kwargs) -> None:
     """Write ``text`` beside a line, in the line's colour: what a legend would make the reader look up."""
     axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, va="center", **kwargs)
+
+
+def cells(axes: Axes, colours, labels=None, gap: float = 0.12, edge: str = "none", size: float = 8) -> None:
+    """A matrix of coloured squares, row 0 on top: a memory map, a mask, a block table.
+
+    ``colours`` (rows, columns): a colour for each square, None for none. ``labels``, of the same shape: text inside,
+    white or dark, whichever reads better. Square (r, c) spans x from c to c + 1 - gap and y from -r up.
+    """
+    for r, row in enumerate(colours):
+        for c, colour in enumerate(row):
+            if colour is None:
+                continue
+            axes.add_patch(plt.Rectangle((c, -r), 1 - gap, 1 - gap, facecolor=colour, edgecolor=edge, linewidth=0.6))
+            if labels is not None and labels[r][c] not in (None, ""):
+                axes.text(c + (1 - gap) / 2, -r + (1 - gap) / 2, str(labels[r][c]), ha="center", va="center",
+                          fontsize=size, color=ink_on(colour))
+    axes.set(xlim=(-gap, len(colours[0])), ylim=(1 - len(colours) - gap, 1))
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def ink_on(colour: str) -> str:
+    """White or `INK`, whichever has the larger contrast on ``colour`` (relative luminance of WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if luminance < 0.2 else INK

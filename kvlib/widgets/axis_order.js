@@ -24,7 +24,6 @@ function explore(kit, data) {
   const { element, svg } = kit;
   const sizes = Object.fromEntries(data.axes.map((axis) => [axis.name, axis.size]));
   const labels = Object.fromEntries(data.axes.map((axis) => [axis.name, axis.label]));
-  const number = (n) => n.toLocaleString("en-GB");
   const same = (a, b) => a.join() === b.join();
   kit.state.order = data.presets[0][1];
 

@@ -1,6 +1,7 @@
 // Shared by every explorable; an explorable's own file follows in the same module and defines
 //   function explore(kit, data) -> redraw(state)
-// kit: { root, stage, readout, range(), select(), buttons(), svg(), text(), width } as built below.
+// kit: { root, stage, readout, state, element(), svg(), range(), select(), button(), drawing(), update(), start() } as built
+// below. axes(), path() and number() help to draw.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -18,6 +19,42 @@ function svg(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
+
+const number = (value, digits = 0) =>
+  value.toLocaleString("en-GB", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+// Axes inside `picture`, in the box {left, top, width, height}. `x` and `y`: {from, to, log, ticks: [values], show, label}.
+// Returns the two scales (value -> user units) and a group to draw into: {x(), y(), layer}.
+function axes(picture, box, x, y) {
+  const scaled = ({ from, to, log }, start, length) => {
+    const at = log ? Math.log : (value) => value;
+    return (value) => start + (length * (at(value) - at(from))) / (at(to) - at(from));
+  };
+  const bottom = box.top + box.height;
+  const scales = { x: scaled(x, box.left, box.width), y: scaled(y, bottom, -box.height) };
+  for (const value of y.ticks) {
+    const at = scales.y(value);
+    picture.append(
+      svg("line", { x1: box.left, x2: box.left + box.width, y1: at, y2: at, stroke: "var(--kv-line)", "stroke-width": 0.7 }),
+      svg("text", { x: box.left - 6, y: at + 4, "text-anchor": "end", class: "muted" }, (y.show ?? String)(value)));
+  }
+  for (const value of x.ticks) {
+    const at = scales.x(value);
+    picture.append(
+      svg("line", { x1: at, x2: at, y1: bottom, y2: bottom + 4, stroke: "var(--kv-muted)" }),
+      svg("text", { x: at, y: bottom + 17, "text-anchor": "middle", class: "muted" }, (x.show ?? String)(value)));
+  }
+  picture.append(
+    svg("line", { x1: box.left, x2: box.left + box.width, y1: bottom, y2: bottom, stroke: "var(--kv-muted)" }),
+    svg("text", { x: box.left + box.width / 2, y: bottom + 34, "text-anchor": "middle", class: "muted" }, x.label ?? ""),
+    svg("text", { x: box.left, y: box.top - 8, class: "muted" }, y.label ?? ""));
+  const layer = svg("g");
+  picture.append(layer);
+  return { ...scales, layer };
+}
+
+// The d of a path through [x, y] points, already in user units.
+const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${y.toFixed(2)}`).join("");
 
 function makeKit(root) {
   const controls = element("div", { class: "kv-controls" });

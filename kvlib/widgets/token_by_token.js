@@ -12,7 +12,6 @@ function explore(kit, data) {
     totals.with.push(totals.with[s - 1] + cost(s === 1 ? prompt : 1, known(s)));
   }
 
-  const number = (x) => x.toLocaleString("en");
   const short = (x) => (x >= 1e9 ? `${(x / 1e9).toFixed(2)} billion` : `${(x / 1e6).toFixed(1)} million`);
   const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
