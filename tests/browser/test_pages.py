@@ -36,6 +36,29 @@ def test_page_is_whole(name, theme, server, visit):
     seen.assert_quiet()
 
 
+@pytest.mark.parametrize("name", [page for page in PAGES if (ROOT / f"{page}.ipynb").is_file()])
+def test_page_makes_sense_without_javascript(name, server, browser):
+    """No explorable then, but a note in its place, and every still figure."""
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{server}{name}.html", wait_until="load")
+    notes = page.locator(".kv-noscript")
+    assert notes.count() == page.locator('script[type$="widget-view+json"]').count() > 0
+    assert all(note.is_visible() for note in notes.all())
+    figures = page.locator("figure img")
+    assert figures.count() >= 4 and all(image.is_visible() for image in figures.all())
+    context.close()
+
+
+def test_printed_explorables_keep_their_picture_and_lose_their_controls(server, visit):
+    page = visit(f"{server}chapters/01_why_cache.html").page
+    explorable = page.locator(".kv-explorable").first
+    explorable.wait_for()
+    page.emulate_media(media="print")
+    assert explorable.locator("svg").first.is_visible()
+    assert not explorable.locator(".kv-controls").first.is_visible()
+
+
 def test_index_leads_to_the_introduction(server, visit):
     page = visit(f"{server}index.html").page
     page.wait_for_url(f"**/{CONTENTS['root']}.html")
