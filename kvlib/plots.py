@@ -80,8 +80,15 @@ def cells(axes: Axes, colours, labels=None, gap: float = 0.12, edge: str = "none
                 continue
             axes.add_patch(plt.Rectangle((c, -r), 1 - gap, 1 - gap, facecolor=colour, edgecolor=edge, linewidth=0.6))
             if labels is not None and labels[r][c] not in (None, ""):
-                axes.text(c + (1 - gap) / 2, -r + (1 - gap) / 2, str(labels[r][c]), ha="center", va="center",
-                          fontsize=size, color=ink_on(colour))
+                axes.text(
+                    c + (1 - gap) / 2,
+                    -r + (1 - gap) / 2,
+                    str(labels[r][c]),
+                    ha="center",
+                    va="center",
+                    fontsize=size,
+                    color=ink_on(colour),
+                )
     axes.set(xlim=(-gap, len(colours[0])), ylim=(1 - len(colours) - gap, 1))
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

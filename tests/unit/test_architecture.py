@@ -62,6 +62,7 @@ ABOVE = [
     "footprint",
     "comparison",
     "sizing",
+    "devices",
     "roofline",
     "kernels",
     "plots",
