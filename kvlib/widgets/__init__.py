@@ -44,3 +44,12 @@ class TokenByToken(Explorable, script="token_by_token.js"):
     ``perPair`` (of a query and a key) and ``perStep``, the replacement of each byte in ``edits``, and in
     ``change[layer][edited][row]`` how far, in percent, the edit moves that row's key.
     """
+
+
+class Reservation(Explorable, script="reservation.js"):
+    """Chapter 4: scrub over time through an arena of slots, under a policy of how much to reserve and where.
+
+    ``data``: ``slots``; ``row``, the slots to a row of the map; ``horizon`` and ``unit``, both in steps; ``requests``, the
+    prompt and the output of each; ``rooms[policy]``, what it reserves for each; ``traces["policy|fit"]``, where each request
+    lies and in which step it came, in order of admission; and ``expected["policy|fit|step"]``, the fields of a `Moment`.
+    """
