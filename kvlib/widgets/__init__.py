@@ -53,3 +53,13 @@ class Reservation(Explorable, script="reservation.js"):
     prompt and the output of each; ``rooms[policy]``, what it reserves for each; ``traces["policy|fit"]``, where each request
     lies and in which step it came, in order of admission; and ``expected["policy|fit|step"]``, the fields of a `Moment`.
     """
+
+
+class OutlierMap(Explorable, script="outlier_map.js"):
+    """Chapter 9: group the keys or values of a head by token or by channel and see where the error lands.
+
+    ``data``: the sizes ``tokens``, ``channels``, ``layers``, ``heads``; ``k`` and ``v``, for each layer and head the base64
+    of its numbers as int8, token by token; ``groups`` as [name, label, axis, size]; ``bits``; ``plants`` as dictionaries
+    with ``name``, ``label``, ``channels``, ``tokens`` and ``factor``; and in ``expected``, for
+    "side|layer|head|plant|group|bits", the relative error of all numbers and of those not planted.
+    """
