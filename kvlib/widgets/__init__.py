@@ -63,3 +63,12 @@ class OutlierMap(Explorable, script="outlier_map.js"):
     with ``name``, ``label``, ``channels``, ``tokens`` and ``factor``; and in ``expected``, for
     "side|layer|head|plant|group|bits", the relative error of all numbers and of those not planted.
     """
+
+
+class Quantizer(Explorable, script="quantizer.js"):
+    """Chapter 8: put real keys on a grid of levels and see the error of each number, and how far attention moves.
+
+    ``data``: ``tile[token][channel]``, the keys; ``query``, one that attends to them; ``tokens``, what to show for each;
+    ``group``, the numbers of a token that may share a scale; ``start``, the token shown first; and
+    ``expected["bits|shared|grid|fault|clip"]``, the root mean square of the error and the share of attention that moved.
+    """
