@@ -72,3 +72,23 @@ class Quantizer(Explorable, script="quantizer.js"):
     ``group``, the numbers of a token that may share a scale; ``start``, the token shown first; and
     ``expected["bits|shared|grid|fault|clip"]``, the root mean square of the error and the share of attention that moved.
     """
+
+
+class Capacity(Explorable, script="capacity.js"):
+    """Chapter 3: any model of the registry on any card: what its weights and its cache take, and what fits.
+
+    ``data``: ``models`` (name, number of weights, the context each was ``made`` for, whether it has a ``latent``),
+    ``codecs`` and ``cards`` to choose from, the ``contexts`` and ``batches`` of the map, the ``start`` of every control.
+    ``parts["model|codec"]`` holds, for each kind of layer, the bytes of a group of tokens, what a sequence costs besides,
+    the most groups it keeps (0: all) and the tokens of a group; ``expected`` and ``fits`` (at ``fitsAt``) are what
+    kvlib computes, for the script to compare with.
+    """
+
+
+class PrefixSharing(Explorable, script="prefix_sharing.js"):
+    """Chapter 6: scrub through the requests of eight chats and see which blocks of their tree are found and evicted.
+
+    ``data``: ``sizes`` of the cache in blocks, ``trunk`` (blocks of the system prompt), ``block`` (tokens in one), and in
+    ``runs[order][size]`` for each request [chat, blocks found, tokens of the prompt, blocks of the text, blocks cached
+    behind the trunk per chat, [[chat, blocks lost], …]]; ``expected[order][size]``: tokens found in all.
+    """
