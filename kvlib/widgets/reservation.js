@@ -45,8 +45,8 @@ function explore(kit, data) {
     return time >= 0 && time <= last ? time : null;
   };
   const jump = (by) => () => setTime(search(kit.state.time, by));
-  const before = kit.button("◂ refused", jump(-1), "The step before this one in which enough is free, but not in one piece");
-  const after = kit.button("refused ▸", jump(1), "The next step in which enough is free, but not in one piece");
+  const before = kit.button("◂ refused despite room", jump(-1), "The step before this one in which enough is free, but not in one piece");
+  const after = kit.button("refused despite room ▸", jump(1), "The next step in which enough is free, but not in one piece");
 
   const width = 660, left = 52, wide = width - left - 4, line = 22, thick = 17;
   const rows = Math.ceil(data.slots / data.row);
