@@ -92,3 +92,14 @@ class PrefixSharing(Explorable, script="prefix_sharing.js"):
     ``runs[order][size]`` for each request [chat, blocks found, tokens of the prompt, blocks of the text, blocks cached
     behind the trunk per chat, [[chat, blocks lost], …]]; ``expected[order][size]``: tokens found in all.
     """
+
+
+class BlockMap(Explorable, script="block_map.js"):
+    """Chapter 5: replay the events of a real cache, as a pool of blocks and as the tables that point into it.
+
+    ``data``: ``slots`` of the pool and the ``limit`` of a sequence, in tokens; the ``names`` of the sequences; in ``labels``,
+    [block size, label] of each way to cut the pool; for each size, as a string, ``moments``: what one event did, as a
+    dictionary of ``text``, ``bad`` (somebody was refused), ``copied`` (blocks), ``tables``, ``lengths`` and ``refs``;
+    ``most``, the largest number of tables at once; ``start``, ``size`` and ``follow``, what is shown first; and in
+    ``expected``, for each size and event, the slots held, the slots written and the blocks shared.
+    """
