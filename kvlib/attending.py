@@ -9,7 +9,7 @@ from kvlib.retention import observe
 from kvlib.sight import Sight
 from kvlib.storage import BlockStorage
 from kvlib.tables import Table
-from kvlib.tiling import attend_sequences
+from kvlib.tiling import attend_sequences, refusal
 
 
 def attend(
@@ -33,7 +33,8 @@ def attend(
     scaled = backend.astype(q, dtype) * scale
     rows = scaled.reshape(batch, spec.num_kv_heads, -1, width)  # query heads of one KV head become its rows
     with backend.exact():
-        partials = attend_sequences(rows, storage, layer, tables, sights, dtype)
+        fused = refusal(storage, tables, sights, backend.dtype_name(q)) is None
+        partials = attend_sequences(rows, storage, layer, tables, sights, dtype, fused)
         if sinks is not None:
             sinks = backend.astype(sinks, dtype)
             partials = [with_sinks(partial, sinks) for partial in partials]
@@ -43,3 +44,17 @@ def attend(
     outputs = [partial.normalise() for partial in partials]
     out = backend.xp.stack(outputs).reshape(batch, heads, tokens, spec.value_dim)
     return backend.astype(out, backend.dtype_name(q))
+
+
+def attend_path(
+    storage: BlockStorage,
+    tables: Sequence[Table],
+    layer: int,
+    tokens: int,
+    rules: tuple[tuple[int, int], ...],
+    dtype: str,
+) -> str:
+    """Which way `attend` goes for queries of ``dtype``, and why."""
+    sights = [Sight.of(storage, layer, table, tokens, rules) for table in tables]
+    reason = refusal(storage, tables, sights, dtype)
+    return "kernel" if reason is None else f"fold: {reason}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from kvlib.arrays import Array, check_float, get_backend
-from kvlib.attending import attend
+from kvlib.attending import attend, attend_path
 from kvlib.blocks import BlockPool
 from kvlib.checks import check_shape, checked_policy, checked_sinks, checked_size, whole_groups
 from kvlib.codecs import Codec, Split, get_codec
@@ -231,6 +231,12 @@ class KVCache:
             sinks = checked_sinks(sinks, heads, self.spec.num_kv_heads, self.backend)
         scale = 1 / math.sqrt(width) if scale is None else float(scale)
         return attend(self._storage, list(tables.values()), layer, q, scale, rules, sinks, self.eviction)
+
+    def attend_path(self, q: Array, layer: int = 0, seqs: SequenceOf[int] | None = None) -> str:
+        """How `attend` answers q (B, Hq, T, D): "kernel", or "fold: …" and why no kernel does it."""
+        tables, dtype = self._resolve(layer, seqs).values(), self.backend.dtype_name(q)
+        rules = self.eviction.rules() if self.eviction else ()
+        return attend_path(self._storage, list(tables), layer, q.shape[2], rules, dtype)
 
     def read(self, seq: int, layer: int = 0) -> tuple[Array, Array, np.ndarray]:
         """What the last position sees, decoded: k (Hkv, S, D), v (Hkv, S, Dv) in the spec's dtype and positions (S,).

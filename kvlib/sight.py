@@ -38,7 +38,10 @@ class Sight:
         if table.tail is None or table.tail.runs[layer] is None:
             return cls(length, tokens, rules)
         closed = (np.arange(length - tokens, length) + 1 - codec.residual) // codec.group * codec.group
-        return cls(length, tokens, rules, np.clip(closed, table.tail.runs[layer].first, seen - table.waiting[layer]))
+        encoded = seen - int(table.waiting[layer])
+        if closed[0] >= encoded:  # no group has closed since: the tail is what all of them see
+            return cls(length, tokens, rules)
+        return cls(length, tokens, rules, np.clip(closed, table.tail.runs[layer].first, encoded))
 
     @property
     def first(self) -> int:

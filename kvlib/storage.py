@@ -64,7 +64,7 @@ class BlockStorage:
     def _encode(self, side: str, codec: Codec, rows: Array) -> Planes:
         if isinstance(codec, Plain):
             return codec.encode(rows)  # as they are: NaN stays NaN
-        largest = self._largest(rows)
+        largest = self.largest(rows)
         planes = codec.encode(rows) if largest <= LARGEST else {}
         floats = [x for x in planes.values() if self.backend.dtype_name(x) in FLOAT_BYTES]
         if not largest <= LARGEST or not all(self.backend.xp.isfinite(x).all() for x in floats):
@@ -79,7 +79,7 @@ class BlockStorage:
             raise ValueError(f"{codec.name}.encode must give planes of shapes {said} as its `planes` says, got {came}")
         return planes
 
-    def _largest(self, rows: Array) -> float:
+    def largest(self, rows: Array) -> float:
         """The largest magnitude; NaN if one of them is."""
         return float(self.backend.xp.max(self.backend.xp.abs(rows)))
 
@@ -89,7 +89,7 @@ class BlockStorage:
             if rows is None or isinstance(codec, Plain):
                 continue
             rows = self.backend.astype(rows, self.spec.dtype)  # as the tail will hold them
-            if not self._largest(rows) <= SAFE:
+            if not self.largest(rows) <= SAFE:
                 alone = self.backend.xp.stack([rows] * self.unit, axis=-2)  # each token as a group of its own
                 self._encode(side, codec, alone.reshape(*rows.shape[:-2], -1, rows.shape[-1]))
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvlib import kernels
 from kvlib.arrays import Array
 from kvlib.attention import Partial, add_bias, attend_scores, fold, mass, mix, score
 from kvlib.sight import Sight
@@ -143,17 +144,47 @@ class Reader:
 
 
 def attend_sequences(
-    q: Array, storage: BlockStorage, layer: int, tables: SequenceOf[Table], sights: SequenceOf[Sight], dtype: str
+    q: Array,
+    storage: BlockStorage,
+    layer: int,
+    tables: SequenceOf[Table],
+    sights: SequenceOf[Sight],
+    dtype: str,
+    fused: bool = False,
 ) -> list[Partial]:
     """Attention of the last positions of each sequence over what it has stored.
 
     q (B, Hkv, R, D), scaled, where the R rows of a KV head are (query heads in its group) x positions -> B partials
-    with outputs (Hkv, R, Dv) in ``dtype``.
+    with outputs (Hkv, R, Dv) in ``dtype``. ``fused``: a kernel attends to the blocks, where `refusal` finds nothing.
     """
     cut = Cut.plan(storage, len(tables), q.shape[2], dtype)
-    readers = [
-        Reader(storage, layer, table, sight, cut, dtype) for table, sight in zip(tables, sights, strict=True)
-    ]
+    readers = [Reader(storage, layer, table, sight, cut, dtype) for table, sight in zip(tables, sights, strict=True)]
+    partials = _by_kernel(q, storage, layer, tables, sights) if fused else _by_tile(q, storage, readers, cut)
+    for index, reader in enumerate(readers):
+        partials[index] += _fold(tile.attend(q[index]) for tile in reader.tail())
+    return [fold(each) if each else _nothing(rows, storage, dtype) for each, rows in zip(partials, q, strict=True)]
+
+
+def refusal(storage: BlockStorage, tables: SequenceOf[Table], sights: SequenceOf[Sight], dtype: str) -> str | None:
+    """Why no kernel answers queries of ``dtype`` here, in words; None if one does."""
+    if not kernels.runs_on(storage.backend):
+        return "kernels run on CUDA, with Triton"
+    if any(table.slots for table in tables) or any(sight.rules for sight in sights):
+        return "a policy or a window hides some of the positions"
+    if any(sight.exact is not None for sight in sights):
+        return "groups have closed behind some of the queries, which see exact rows"
+    return kernels.refusal(storage, dtype)
+
+
+def _by_kernel(
+    q: Array, storage: BlockStorage, layer: int, tables: SequenceOf[Table], sights: SequenceOf[Sight]
+) -> list[list[Partial]]:
+    from kvlib.kernels.calls import attend  # which needs Triton
+
+    return [[partial] for partial in attend(q, storage, layer, tables, sights[0].tokens)]
+
+
+def _by_tile(q: Array, storage: BlockStorage, readers: list[Reader], cut: Cut) -> list[list[Partial]]:
     spans = [(index, *span) for index, reader in enumerate(readers) for span in reader.spans()]
 
     def attend_span(span: tuple[int, int, int]) -> list[Partial]:
@@ -164,9 +195,7 @@ def attend_sequences(
     partials: list[list[Partial]] = [[] for _ in readers]
     for (index, _, _), partial in zip(spans, found, strict=True):
         partials[index] += partial
-    for index, reader in enumerate(readers):
-        partials[index] += _fold(tile.attend(q[index]) for tile in reader.tail())
-    return [fold(each) if each else _nothing(rows, storage, dtype) for each, rows in zip(partials, q, strict=True)]
+    return partials
 
 
 def _fold(partials: Iterator[Partial]) -> list[Partial]:

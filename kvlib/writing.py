@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvlib import kernels
 from kvlib.arrays import Array
 from kvlib.eviction import Policy
 from kvlib.planes import Planes
@@ -40,7 +41,8 @@ def append(
         sides = zip(k, [None] * len(rows) if v is None else v, strict=True)
         closings = [_close_groups(storage, table, layer, *side) for table, side in zip(rows, sides, strict=True)]
     else:
-        encoded = storage.encode(k, v)
+        fused = kernels.encodes(storage, k, v)
+        encoded = None if fused else storage.encode(k, v)
 
     targets, starts = [room.targets(storage.unit) for room in rooms], [room.stored for room in rooms]
     tables.take(tables.plan(rows, targets, starts, stops), storage.copy)
@@ -52,7 +54,12 @@ def append(
         for table, room, closing in zip(rows, rooms, closings, strict=True):
             _write_closing(storage, table, layer, room.stored, closing, tokens)
     else:
-        storage.write(layer, [table.ids for table in rows], starts, encoded)
+        if fused:
+            from kvlib.kernels import calls  # which needs Triton
+
+            calls.append(storage, layer, rows, starts, k, v)
+        else:
+            storage.write(layer, [table.ids for table in rows], starts, encoded)
         for table, room in zip(rows, rooms, strict=True):
             _count(storage, table, layer, room.stored, tokens, tokens)
     if policy:

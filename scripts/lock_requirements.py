@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CUDA = re.compile(r"^(nvidia-|cuda-|triton)", re.IGNORECASE)
+CUDA = re.compile(r"^(nvidia-|cuda-)", re.IGNORECASE)
+LINUX = '; platform_system == "Linux"'      # triton is built for nothing else
 HEADER = """\
 # Every package, for Python 3.11, 3.12 and 3.13. Written by `make lock` from requirements.txt.
 """
@@ -27,7 +28,7 @@ def main() -> None:
     for line in frozen:
         name, _, version = line.partition("==")
         if version and not CUDA.match(name):
-            lines.append(f"{name}=={version.partition('+')[0]}")
+            lines.append(f"{name}=={version.partition('+')[0]}" + (LINUX if name == "triton" else ""))
     (ROOT / "requirements.lock").write_text(HEADER + "\n".join(lines) + "\n")
     print(f"requirements.lock: {len(lines)} packages")
 

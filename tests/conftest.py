@@ -1,11 +1,16 @@
 """What all tests share: hypothesis profiles, what must be installed, the built book."""
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Where there is no GPU, Triton's kernels run in its interpreter; that is decided when Triton is first imported.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 # set by .ci/run: nothing may be skipped for want of a package or a browser
