@@ -12,7 +12,7 @@ import kvlib
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, content: dict[str, Any], packages: tuple[str, ...] = ("numpy",)) -> Path:
+def save(name: str | Path, content: dict[str, Any], packages: tuple[str, ...] = ("numpy",)) -> Path:
     """Write results/``name``: date, machine and versions, then ``content``."""
     about = {
         "date": datetime.date.today().isoformat(),
