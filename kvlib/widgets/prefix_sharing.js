@@ -15,7 +15,7 @@ function explore(kit, data) {
 
   kit.select("order", "Order of service", orders.map((name) => [name, name]));
   kit.select("size", "Cache", sizes.map((size) => [String(size), `${size} blocks`]), "120");
-  const setRequest = kit.range("request", "Request", { min: 1, max: count, value: 12, show: (r) => `${r} of ${count}` });
+  const setRequest = kit.range("request", "Request", { min: 1, max: count, value: 18, show: (r) => `${r} of ${count}` });
   const back = kit.button("Back", () => setRequest(kit.state.request - 1), "One request back");
   const next = kit.button("Next", () => setRequest(kit.state.request + 1), "Serve the next request");
 
@@ -27,10 +27,10 @@ function explore(kit, data) {
   const colour = (chat) => `var(--kv-r${chat})`;
   const sample = (style, text) => kit.element("span", {}, kit.element("i", { style }), text);
   const key = kit.element("div", { class: "kv-key" },
-    sample("background: var(--kv-ink)", "the chat that is served: found"),
-    sample("background: var(--kv-accent)", "computed now"),
-    sample("background: var(--kv-muted); opacity: 0.5", "other chats: cached"),
-    sample("background: var(--kv-amber)", "evicted by this request"),
+    sample(`background: ${colour(0)}`, "found (in the chat's colour)"),
+    sample("background: var(--kv-ink)", "computed now"),
+    sample(`background: ${colour(0)}; opacity: 0.4`, "cached, of the others"),
+    sample("box-shadow: inset 0 0 0 2px var(--kv-accent)", "evicted by this request"),
     sample("box-shadow: inset 0 0 0 1px var(--kv-line)", "evicted earlier"));
   kit.readout.before(key);
 
@@ -58,16 +58,19 @@ function explore(kit, data) {
       parts.push(svg("path", { d: `M${join} ${middle + high / 2}C${join + 10} ${middle + high / 2} ${join + 4} ${y(c) + high / 2} ${join + 14} ${y(c) + high / 2}`,
         style: `fill: none; stroke: ${running ? "var(--kv-ink)" : "var(--kv-line)"}; stroke-width: ${running ? 1.8 : 1}` }));
     }
-    for (let i = 0; i < trunk; i++) parts.push(cell(i, middle, i < found ? "fill: var(--kv-ink)" : "fill: var(--kv-accent)"));
+    for (let i = 0; i < trunk; i++) parts.push(cell(i, middle, i < found ? "fill: var(--kv-muted)" : "fill: var(--kv-ink)"));
     for (let c = 0; c < chats; c++) {
       const running = c === chat, evicted = gone.get(c) ?? 0;
       parts.push(write(0, y(c) + 11, `chat ${c}`, { class: running ? "" : "muted", style: running ? "font-weight: 600" : "" }));
       for (let i = 0; i < known[c]; i++) {
         const position = trunk + i + 2.2;
-        if (running) parts.push(cell(position, y(c), i < text - trunk && trunk + i >= found ? "fill: var(--kv-accent)" : `fill: ${colour(c)}`));
-        else if (i < cached[c]) parts.push(cell(position, y(c), `fill: ${colour(c)}`, 0.5));
-        else if (i < cached[c] + evicted) parts.push(cell(position, y(c), "fill: var(--kv-amber)"));
-        else parts.push(svg("rect", { x: x(position) + 0.5, y: y(c) + 0.5, width: wide - 2.3, height: high - 1, style: "fill: none; stroke: var(--kv-line)" }));
+        if (running) parts.push(cell(position, y(c), i < text - trunk && trunk + i >= found ? "fill: var(--kv-ink)" : `fill: ${colour(c)}`));
+        else if (i < cached[c]) parts.push(cell(position, y(c), `fill: ${colour(c)}`, 0.4));
+        else {
+          const now = i < cached[c] + evicted;
+          parts.push(svg("rect", { x: x(position) + 0.8, y: y(c) + 0.8, width: wide - 2.9, height: high - 1.6,
+            style: `fill: none; stroke: ${now ? "var(--kv-accent)" : "var(--kv-line)"}; stroke-width: ${now ? 1.6 : 1}` }));
+        }
       }
     }
     return parts;
@@ -80,7 +83,7 @@ function explore(kit, data) {
     steps.forEach(([chat, found, tokens], i) => {
       const opacity = i === at ? 1 : i < at ? 0.6 : 0.18, old = found * block * scale;
       parts.push(svg("rect", { x: left + i * step, y: floor - old, width: step - 2, height: old, opacity, style: `fill: ${colour(chat)}` }),
-        svg("rect", { x: left + i * step, y: floor - tokens * scale, width: step - 2, height: tokens * scale - old, opacity, style: "fill: var(--kv-accent)" }));
+        svg("rect", { x: left + i * step, y: floor - tokens * scale, width: step - 2, height: tokens * scale - old, opacity, style: "fill: var(--kv-ink)" }));
     });
     parts.push(svg("path", { d: `M${left + (at + 0.5) * step - 5} ${floor + 12}l4-8 4 8z`, style: "fill: var(--kv-ink)" }));
     return parts;
