@@ -46,6 +46,9 @@ CORE = [
 ABOVE = [
     "prefix",
     "prefill",
+    "swap",
+    "serving",
+    "scheduler",
     "steps",
     "groups",
     "rope",
@@ -60,6 +63,7 @@ ABOVE = [
     "model",
     "generation",
     "engine",
+    "simulation",
     "registry",
     "footprint",
     "comparison",
