@@ -1,5 +1,5 @@
 // Replay what a real cache did with its memory: every event, as one pool of blocks and as the table of each sequence.
-// data: { slots, limit, names, moments: { size: [{ text, bad, tables: { name: ids }, lengths: { name: tokens }, refs, copied }] },
+// data: { slots, limit, names, moments: { size: [{ text, bad (requests lost), tables: { name: ids }, lengths: { name: tokens }, refs, copied }] },
 //         labels: [[size, label]], expected: { size: [[held slots, stored tokens, shared blocks]] } }
 
 function explore(kit, data) {
@@ -125,11 +125,16 @@ function explore(kit, data) {
       const [slotX, slotY] = corner(id * size);
       const toX = slotX + (Math.min(size, columns) * pitch) / 2 - 1.5, toY = slotY - 2;
       const bend = (toY - y) * 0.5;
-      return svg("path", { d: `M${x} ${y}C${x} ${y + bend} ${toX} ${toY - bend} ${toX} ${toY}`, style: `fill: none; stroke: ${colour(follow)}; stroke-width: ${size >= 8 ? 1.8 : 0.9}`, opacity: size >= 4 ? 0.85 : 0.5 });
+      const line = { d: `M${x} ${y}C${x} ${y + bend} ${toX} ${toY - bend} ${toX} ${toY}` };
+      const wide = size >= 8 ? 1.9 : 1;
+      return svg("g", {},
+        svg("path", { ...line, style: `fill: none; stroke: var(--kv-paper); stroke-width: ${wide + 1.8}`, opacity: size >= 4 ? 0.8 : 0 }),
+        svg("path", { ...line, style: `fill: none; stroke: ${colour(follow)}; stroke-width: ${wide}`, opacity: size >= 4 ? 1 : 0.55 }),
+        svg("circle", { cx: toX, cy: toY, r: size >= 4 ? 3.2 : 1.4, style: `fill: ${colour(follow)}; stroke: var(--kv-paper); stroke-width: ${size >= 4 ? 1 : 0}` }));
     });
   }
 
-  // What every event left behind, small: stored, held, and where somebody was refused.
+  // What every event left behind, small: stored, held, and where somebody was lost.
   function drawHistory(moments, size, event) {
     const step = (width - left - 6) / count, base = history.top + history.height;
     const parts = [write(left, 11, "All events: slots stored, and held", { class: "muted" }),
@@ -151,15 +156,15 @@ function explore(kit, data) {
     const size = Number(chosen), moments = data.moments[chosen], moment = moments[event - 1], before = moments[event - 2];
     back.disabled = event === 1;
     next.disabled = event === count;
-    picture.replaceChildren(...drawHistory(moments, size, event), ...drawTables(moment, size, follow),
-      ...drawPool(moment, before, size), ...drawLinks(moment, size, follow));
+    picture.replaceChildren(...drawHistory(moments, size, event), ...drawPool(moment, before, size),
+      ...drawLinks(moment, size, follow), ...drawTables(moment, size, follow));
 
-    const { held, stored, shared } = totals(moment, size), refused = moments.slice(0, event).filter(({ bad }) => bad).length;
+    const { held, stored, shared } = totals(moment, size), lost = moments.slice(0, event).reduce((sum, { bad }) => sum + bad, 0);
     const seen = Object.values(moment.lengths).reduce((sum, tokens) => sum + tokens, 0);
     const ids = moment.tables[follow];
     kit.readout.replaceChildren(element("b", {}, `${event}. ${moment.text}`),
       ` ${plural(Object.keys(moment.tables).length, "sequence")} see ${plural(seen, "token")}, stored in ${plural(stored, "slot")} of ${number(held)} held: ${plural(held - stored, "slot")} wasted.`
-      + ` ${shared ? `${plural(shared, "block")} shared. ` : ""}${refused ? `Refused so far: ${refused}. ` : ""}`
+      + ` ${shared ? `${plural(shared, "block")} shared. ` : ""}${lost ? `Lost so far: ${plural(lost, "request")}. ` : ""}`
       + (moment.copied ? `Copied because shared: ${plural(moment.copied, "block")} of ${size}. ` : "")
       + (ids ? `${follow} has ${plural(ids.length, "block")}.` : `${follow} is not in the cache now.`));
     const mine = [held, stored, shared], agrees = mine.join() === data.expected[chosen][event - 1].join();
