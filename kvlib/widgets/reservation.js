@@ -45,8 +45,8 @@ function explore(kit, data) {
     return time >= 0 && time <= last ? time : null;
   };
   const jump = (by) => () => setTime(search(kit.state.time, by));
-  const before = kit.button("◂ refused despite room", jump(-1), "The step before this one in which enough is free, but not in one piece");
-  const after = kit.button("refused despite room ▸", jump(1), "The next step in which enough is free, but not in one piece");
+  const before = kit.button("◂ refused", jump(-1), "The step before this one in which enough is free, but not in one piece");
+  const after = kit.button("refused ▸", jump(1), "The next step in which enough is free, but not in one piece");
 
   const width = 660, left = 52, wide = width - left - 4, line = 22, thick = 17;
   const rows = Math.ceil(data.slots / data.row);
@@ -61,7 +61,7 @@ function explore(kit, data) {
   const key = element("div", { class: "kv-key" }, ...[["solid", "used", "opacity: 1"], ["pale", "reserved", "opacity: 0.35"]].map(([, text, style]) =>
     element("span", {}, element("i", { style: `background: var(--kv-r0); ${style}` }), text)),
     element("span", {}, element("i", { style: "background: repeating-linear-gradient(135deg, var(--kv-muted) 0 1px, transparent 1px 4px)" }), "internal"),
-    element("span", {}, element("i", { style: "border: 1px solid var(--kv-line)" }), "free: external"));
+    element("span", {}, element("i", { style: "border: 1px solid var(--kv-line)" }), "free (external)"));
   kit.stage.append(key);
 
   const colour = (id) => `var(--kv-r${id % 8})`;
@@ -156,7 +156,7 @@ function explore(kit, data) {
       : "There is not enough, in however many pieces.";
     const served = data.traces[`${policy}|${fit}`].filter(([, since], id) => since + data.requests[id][1] <= step).length;
     kit.readout.replaceChildren(
-      `Step ${number(step)}: ${now.running.length} requests run, ${served} are served. `,
+      `Step ${number(step)}, ${policy}, ${fit} fit: ${now.running.length} requests run, ${served} are served. `,
       KINDS.map(share).join(", "), `. Request ${now.admitted + 1} needs ${number(now.needed)} slots; ${number(now.external)} are free, the largest hole has ${number(now.largest[1])}. `, verdict);
     const expected = data.expected[`${policy}|${fit}|${step}`];
     delete kit.root.dataset.agrees;
