@@ -1,7 +1,8 @@
 // What fits: weights and cache of any registry model on a card, and every pair of context and batch that would still fit.
 // data: models [{name, weights, made}], codecs [[name, label]], cards [[name, GB]], contexts, batches,
 //       parts {"model|codec": [[bytes of a group, fixed bytes, groups at most or 0, tokens in a group], …]}, one for layers that cache alike,
-//       expected {"model|codec": bytes of one sequence at each context}, fits {"model|codec": [batch, context]} for `fitsAt`.
+//       expected {"model|codec": bytes of one sequence at each context}, start {control: value},
+//       fits {"model|codec": [batch, context]}, as kvlib finds them for fitsAt {tokens, batch, room {"model|codec": bytes}}.
 
 const LONGEST = 2 ** 30;   // where kvlib's max_context stops looking, too
 
@@ -95,7 +96,7 @@ function explore(kit, data) {
   }
 
   // Does this agree with what kvlib computed in the notebook?
-  function check(key, parts, state, tokens, room) {
+  function check(key, parts, state, tokens) {
     const bytes = data.expected[key][state.context];
     let agrees = bytes === cacheBytes(parts, tokens, 1);
     const { fitsAt } = data;
@@ -116,7 +117,7 @@ function explore(kit, data) {
     bar.replaceChildren(...drawBar({ memory, usable, weights, cache, latent: model.latent }));
     grid.replaceChildren(...drawGrid({ parts, room, made: model.made, context: state.context, batch: state.batch }));
 
-    const agrees = check(key, parts, state, tokens, room);
+    const agrees = check(key, parts, state, tokens);
     kit.root.dataset.agrees = agrees;
     const b = (text) => element("b", {}, text);
     const each = cacheBytes(parts, tokens, 1) / tokens;
@@ -126,7 +127,7 @@ function explore(kit, data) {
     } else {
       const most = maxBatch(parts, tokens, room), longest = maxContext(parts, size, room);
       const words = longest >= LONGEST ? "any length: every layer has a window" : `${number(longest)} tokens each`;
-      lines.push("At this context ", b(`${number(most)} sequence${most === 1 ? "" : "s"}`), " fit; at this batch ", b(words),
+      lines.push("At this context ", b(`${number(most)} sequence${most === 1 ? "" : "s"}`), most === 1 ? " fits; at this batch " : " fit; at this batch ", b(words),
         model.made && longest > model.made ? ` (the model was made for ${number(model.made)}). ` : ". ");
     }
     lines.push(agrees ? "kvlib counts the same." : "KVLIB COUNTS DIFFERENTLY.");
