@@ -12,7 +12,6 @@ Sources: iteration-level scheduling, Orca, Yu et al. 2022 (OSDI); paging and pre
 (arXiv:2309.06180); chunks beside decodes, Sarathi-Serve, Agrawal et al. 2024 (arXiv:2403.02310).
 """
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -214,7 +213,7 @@ class Scheduler:
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def _blocks(self, tokens: int) -> int:
-        return math.ceil(tokens / self.cache.block_size)
+        return -(-tokens // self.cache.block_size)  # rounded up
 
     def _held(self, request: Request) -> int:
         """Blocks of a running request: no more than its tokens need, whether they lie in them or in a tail."""
