@@ -36,8 +36,10 @@ function explore(kit, data) {
   kit.select("card", "Card", data.cards.map(([name, gb]) => [name, `${name}, ${gb} GB`]), data.start.card);
   kit.select("count", "Cards", [1, 2, 4, 8].map((n) => [String(n), String(n)]));
   kit.range("share", "Usable", { min: 50, max: 100, value: data.start.share, show: (percent) => `${percent} %` });
-  const setContext = kit.range("context", "Context", { max: data.contexts.length - 1, value: data.start.context, show: (i) => `${number(data.contexts[i])} tokens` });
-  const setBatch = kit.range("batch", "Batch", { max: data.batches.length - 1, value: data.start.batch, show: (i) => `${number(data.batches[i])} sequence${i ? "s" : ""}` });
+  const setContext = kit.range("context", "Context",
+    { max: data.contexts.length - 1, value: data.start.context, show: (i) => `${number(data.contexts[i])} tokens` });
+  const setBatch = kit.range("batch", "Batch",
+    { max: data.batches.length - 1, value: data.start.batch, show: (i) => `${number(data.batches[i])} sequence${i ? "s" : ""}` });
 
   const [width, left, barTop, barHigh] = [660, 62, 28, 38];
   const [column, row, gridTop] = [(width - left - 4) / data.contexts.length, 17, 128];
@@ -89,7 +91,8 @@ function explore(kit, data) {
     });
     data.contexts.forEach((tokens, c) =>
       nodes.push(write(left + (c + 0.5) * column - 1, gridEnd + 15, number(tokens), { "text-anchor": "middle", class: "muted" })));
-    nodes.push(write(left + 5 * column, gridEnd + 34, "tokens in each sequence (pale: longer than the model was made for)", { "text-anchor": "middle", class: "muted" }),
+    nodes.push(write(left + 5 * column, gridEnd + 34, "tokens in each sequence (pale: longer than the model was made for)",
+        { "text-anchor": "middle", class: "muted" }),
       svg("rect", { x: left + context * column - 2, y: gridEnd - (batch + 1) * row - 2, width: column + 2, height: row + 2, rx: 2,
         style: "fill: none; stroke: var(--kv-ink); stroke-width: 2.5" }));
     return nodes;
@@ -127,7 +130,8 @@ function explore(kit, data) {
     } else {
       const most = maxBatch(parts, tokens, room), longest = maxContext(parts, size, room);
       const words = longest >= LONGEST ? "any length: every layer has a window" : `${number(longest)} tokens each`;
-      lines.push("At this context ", b(`${number(most)} sequence${most === 1 ? "" : "s"}`), most === 1 ? " fits; at this batch " : " fit; at this batch ", b(words),
+      lines.push("At this context ", b(`${number(most)} sequence${most === 1 ? "" : "s"}`),
+        most === 1 ? " fits; at this batch " : " fit; at this batch ", b(words),
         model.made && longest > model.made ? ` (the model was made for ${number(model.made)}). ` : ". ");
     }
     lines.push(agrees ? "kvlib counts the same." : "KVLIB COUNTS DIFFERENTLY.");
