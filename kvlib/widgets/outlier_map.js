@@ -48,7 +48,7 @@ function explore(kit, data) {
 
   kit.select("side", "Show", [["k", "keys"], ["v", "values"]]);
   kit.range("layer", "Layer", { max: data.layers - 1, value: 2 });
-  kit.range("head", "KV head", { max: data.heads - 1 });
+  kit.select("head", "KV head", Array.from({ length: data.heads }, (_, h) => [String(h), String(h)]));
   kit.select("group", "One scale for", data.groups.map(([name, label]) => [name, label]));
   kit.select("bits", "Bits", data.bits.map((b) => [String(b), String(b)]));
   kit.select("plant", "Plant", data.plants.map(({ name, label }) => [name, label]));
@@ -87,7 +87,7 @@ function explore(kit, data) {
   kit.start((state) => {
     const plant = data.plants.find(({ name }) => name === state.plant);
     const loud = (i) => plant.channels.includes(i % channels) || plant.tokens.includes(Math.floor(i / channels));
-    const source = maps[state.side][state.layer * data.heads + state.head];
+    const source = maps[state.side][state.layer * data.heads + Number(state.head)];
     const x = Float64Array.from(source, (value, i) => (loud(i) ? plant.factor : 1) * value);
     const everything = Array.from(x, () => true), quiet = Array.from(x, (_, i) => !loud(i));
     const results = data.groups.map(([name, label, axis, size]) => {
@@ -116,24 +116,25 @@ function explore(kit, data) {
     }
     parts.push(write(left + tokens * cellWidth, second + high + 14, `token ${tokens - 1}`, { "text-anchor": "end", class: "muted" }),
       write(left, second + high + 14, "token 0", { class: "muted" }));
-    const longest = Math.max(...results.map(({ rest }) => rest)), room = wide - left - 290;
+    const bitsFor = (size) => Number(state.bits) + 32 / size;
+    const longest = Math.max(...results.map(({ rest }) => rest)), room = wide - left - 330;
     const best = Math.min(...results.map(({ rest }) => rest));
-    results.forEach(({ name, label, rest, all }, i) => {
+    results.forEach(({ name, label, size, rest, all }, i) => {
       const y = bars + i * step, mine = name === state.group;
-      parts.push(write(left + 68, y + 12, label, { "text-anchor": "end", style: mine ? "font-weight: 700" : "" }),
-        svg("rect", { x: left + 76, y, width: room * rest / longest, height: 15,
+      parts.push(write(left + 110, y + 12, `${label}, ${number(bitsFor(size), 2)} bits`, { "text-anchor": "end", style: mine ? "font-weight: 700" : "" }),
+        svg("rect", { x: left + 118, y, width: room * rest / longest, height: 15,
           style: `fill: var(--kv-${rest === best ? "amber" : "accent"})`, opacity: mine ? 1 : 0.55 }),
-        write(left + 82 + room * rest / longest, y + 12,
+        write(left + 124 + room * rest / longest, y + 12,
           percent(rest) + (plant.factor > 1 ? `, with the planted ${percent(all)}` : ""), { style: mine ? "font-weight: 700" : "" }));
     });
     notes.replaceChildren(...parts);
 
-    const metadata = 32 / chosen.size, others = results.filter((other) => other.rest < chosen.rest).length;
+    const others = results.filter((other) => other.rest < chosen.rest).length;
     const what = plant.factor > 1 ? "The error of what is not planted" : "The error";
     const rank = others ? `${others} of the other ${results.length - 1} groupings do better` : "no other grouping does better";
     kit.readout.replaceChildren(
       `${state.side.toUpperCase()} of layer ${state.layer}, KV head ${state.head}: ${state.bits} bits and a scale and offset for `,
-      `${chosen.size} numbers make `, element("b", {}, `${number(Number(state.bits) + metadata, 2)} bits per number`), `. ${what} is `,
+      `${chosen.size} numbers make `, element("b", {}, `${number(bitsFor(chosen.size), 2)} bits per number`), `. ${what} is `,
       element("b", {}, percent(chosen.rest)), ` of its size; ${rank}.`);
     const expected = data.expected[[state.side, state.layer, state.head, state.plant, state.group, state.bits].join("|")];
     delete kit.root.dataset.agrees;
