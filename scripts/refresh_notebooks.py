@@ -18,6 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+ROOT = Path(__file__).resolve().parent.parent
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -54,6 +55,8 @@ def normalise(notebook: nbformat.NotebookNode, name: str) -> str:
         if cell.cell_type == "code":
             cell.outputs = merge_streams(cell.outputs)
         for output in cell.get("outputs", []):
+            if output.output_type == "error":  # a traceback names files where they lie on this machine
+                output.traceback = [line.replace(f"{ROOT}{os.sep}", "") for line in output.traceback]
             if SVG in output.get("data", {}):
                 output.data[SVG] = SVG_DATE.sub("", output.data[SVG])
     notebook.nbformat_minor = 5
