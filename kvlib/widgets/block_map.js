@@ -17,7 +17,7 @@ function explore(kit, data) {
   const width = 664, columns = 32, rows = data.slots / columns;
   const left = 8, pitch = 20.25, cell = 17.5, line = 31;
   const history = { top: 18, height: 40 };
-  const tables = { top: 84, row: 23, left: 92, token: (width - 92 - 60) / data.limit };
+  const tables = { top: 90, row: 23, left: 92, token: (width - 92 - 60) / data.limit };
   const pool = { top: tables.top + data.most * tables.row + 54 };
   const height = pool.top + rows * line + 2;
   const picture = kit.drawing(width, height, "The tables of all sequences above, the pool of blocks below");
