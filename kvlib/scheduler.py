@@ -110,7 +110,7 @@ class Scheduler:
         """Decide on the next step: preempt, admit, hand out the budget. Only sequences are opened, closed and moved."""
         turn = Turn(self.rules.token_budget)
         full = self.rules.static and bool(self.running)
-        for request in sorted(self.running, key=lambda request: request.left > 1):  # decodes first; it is stable
+        for request in sorted(self.running, key=lambda request: not request.decoding):  # stable: by age in each
             if not turn.budget:
                 break
             if request.seq is not None and not self._continue(request, turn):

@@ -46,6 +46,8 @@ CORE = [
 ABOVE = [
     "prefix",
     "prefill",
+    "peak",
+    "memory",
     "swap",
     "serving",
     "scheduler",

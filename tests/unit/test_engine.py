@@ -151,6 +151,13 @@ def test_a_static_batch_is_admitted_whole_though_its_prompts_take_several_steps(
     assert engine.steps[0].admitted == (0, 1, 2) and engine.steps[0].prefill == ((0, 4),)
 
 
+def test_a_prompt_of_one_token_is_no_decode():
+    """It does not jump ahead of an older prompt that is still being read."""
+    engine = Engine(tiny(), cache_of(40), Batching(token_budget=1, static=True))
+    served(engine, [Wish(p, 1) for p in prompts(3, 1)])
+    assert [step.prefill for step in engine.steps] == [((0, 1),), ((0, 1),), ((0, 1),), ((1, 1),)]
+
+
 def test_a_prompt_that_was_served_is_found():
     (prompt,) = prompts(14)
     cache = cache_of(20)
