@@ -18,17 +18,17 @@ would have seen exact alone.
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from kvlib.blocks import CacheFull
 from kvlib.cache import KVCache
 from kvlib.index import PrefixIndex
+from kvlib.metrics import Finished, Summary, summarise
 from kvlib.model import Transformer
 from kvlib.scheduler import Batching, Scheduler, Turn
-from kvlib.serving import Cost, Finished, Request, Step, Summary, Work, summarise
-from kvlib.spec import is_whole
+from kvlib.serving import Cost, Request, Step, Work, token_ids
+from kvlib.spec import CacheSpec, is_whole
 
 
 def greedy(logits: np.ndarray, request: Request) -> int:
@@ -70,6 +70,12 @@ class Engine:
             raise TypeError(f"cache must be a KVCache, got {type(cache).__name__}")
         if cache.eviction:
             raise ValueError(f"what {cache.eviction} evicts depends on the schedule; build the cache without eviction")
+        spec = getattr(model, "spec", cache.spec)
+        if _shape(spec) != _shape(cache.spec) or model.backend.name != cache.backend.name:
+            raise ValueError(
+                f"the cache was built for another model: it has {cache.spec} on {cache.backend.name}, this model needs "
+                f"{spec} on {model.backend.name}"
+            )
         if index is not None and index.pool is not cache.pool:
             raise ValueError("the index is of another pool: build it on cache.pool")
         if any(cache.lengths.values()):
@@ -103,8 +109,7 @@ class Engine:
             ValueError, TypeError: it is empty, or no list of tokens of the vocabulary; it comes before now; it is
                 longer than the cache could ever hold. Nothing has changed then.
         """
-        tokens = _tokens("prompt", prompt, self._vocab)
-        stop = _tokens("stop", [stop] if is_whole(stop) else stop, self._vocab)
+        tokens, stop = token_ids("prompt", prompt, self._vocab), token_ids("stop", stop, self._vocab)
         if not tokens:
             raise ValueError("prompt must hold at least one token, and is empty")
         if not is_whole(max_new_tokens) or max_new_tokens < 1:
@@ -156,12 +161,14 @@ class Engine:
             raise CacheFull(needed, self.cache.num_free_blocks, self.cache.num_blocks)
         done: list[Request] = []
         decoding = {request for request in turn.work if request.decoding}
+        context = sum(request.computed + count for request, count in turn.work.items())
+        seconds = float(self.cost(Work.of(turn.work, decoding, context, turn.moved)))
         try:
             for group in _equal_counts(turn.work):
                 self._forward(group, turn.work[group[0]])
                 done += group
         finally:  # whatever happened: who has got a token has got it now
-            self._record(turn, done, decoding)
+            self._record(turn, done, decoding, seconds)
         return self.steps[-1]
 
     def run(self, progress: bool = False) -> list[Finished]:
@@ -198,7 +205,7 @@ class Engine:
             logits = self.model(rows, self.cache, seqs=seqs, last_only=True)
             logits = self.model.backend.to_numpy(logits)
             chosen = [
-                self.sample(row[-1], request) if request.left == count else None
+                self._chosen(row[-1], request) if request.left == count else None
                 for row, request in zip(logits, group, strict=True)
             ]
         except BaseException:
@@ -208,18 +215,23 @@ class Engine:
         for request, token in zip(group, chosen, strict=True):
             request.advance(count)
             if token is not None:
-                request.tokens.append(int(token))
+                request.tokens.append(token)
 
-    def _record(self, turn: Turn, done: list[Request], decoding: set[Request]) -> None:
+    def _chosen(self, logits: np.ndarray, request: Request) -> int:
+        token = self.sample(logits, request)
+        if not is_whole(token) or token < 0 or (self._vocab is not None and token >= self._vocab):
+            raise ValueError(f"sample must return a token id below {self._vocab}, and returned {token!r}")
+        return int(token)
+
+    def _record(self, turn: Turn, done: list[Request], decoding: set[Request], seconds: float) -> None:
         """Write the step down, and let those leave who have all they asked for."""
         scheduler, cache = self.scheduler, self.cache
         for request in done:
             scheduler.publish(request)
         chunks = tuple((request.id, turn.work[request]) for request in done if request not in decoding)
         decodes = _ids([request for request in done if request in decoding])
-        context = sum(request.computed for request in done)
-        work = Work(sum(count for _, count in chunks), len(decodes), context, turn.moved)
-        seconds = float(self.cost(work))
+        counts = {request: turn.work[request] for request in done}
+        work = Work.of(counts, decoding, sum(request.computed for request in done), turn.moved)
         tables = [(r.id, tuple(cache.block_table(r.seq))) for r in scheduler.running] if self.keep_tables else ()
         free, kept = cache.num_free_blocks, scheduler.index.evictable if scheduler.index else 0
         began, self.clock = self.clock, self.clock + seconds
@@ -252,6 +264,10 @@ class Engine:
         )
 
 
+def _shape(spec: CacheSpec) -> tuple:
+    return spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.value_dim, spec.latent
+
+
 def _ids(requests: Sequence[Request]) -> tuple[int, ...]:
     return tuple(request.id for request in requests)
 
@@ -260,17 +276,3 @@ def _equal_counts(work: dict[Request, int]) -> Iterator[list[Request]]:
     """Those that compute equally many tokens, together: the model takes rectangles. The shortest first."""
     ordered = sorted(work, key=work.__getitem__)
     return (list(group) for _, group in itertools.groupby(ordered, key=work.__getitem__))
-
-
-def _tokens(name: str, given: Any, vocab: int | None) -> list[int]:
-    """``given`` as a list of token ids; text as its bytes, if those are the tokens."""
-    if isinstance(given, str | bytes):
-        if vocab != 256:
-            raise TypeError(f"{name} may be text only for a model whose tokens are bytes; pass token ids")
-        given = list(given.encode() if isinstance(given, str) else given)
-    ids = np.asarray(given if len(given) else np.zeros(0, int))
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a flat list of integer token ids, got {ids.dtype} of shape {ids.shape}")
-    if ids.size and (ids.min() < 0 or (vocab is not None and ids.max() >= vocab)):
-        raise ValueError(f"{name} holds ids from {ids.min()} to {ids.max()}; the vocabulary has {vocab}")
-    return ids.tolist()

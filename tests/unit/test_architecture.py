@@ -50,6 +50,7 @@ ABOVE = [
     "memory",
     "swap",
     "serving",
+    "metrics",
     "scheduler",
     "steps",
     "groups",

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 import kvlib
 from kvlib.codecs import Int, Split
-from kvlib.engine import Engine
+from kvlib.engine import Engine, greedy
 from kvlib.eviction import SlidingWindow
+from kvlib.metrics import summarise
 from kvlib.model import Transformer
 from kvlib.prefix import HashChain, RadixTree
 from kvlib.scheduler import Batching
-from kvlib.serving import Cost, Work, summarise
+from kvlib.serving import Cost, Work
 from tests.unit.serving_help import LONGEST, VOCAB, Wish, alone, cache_of, served, tiny
 
 GROUPED = Split(Int(8, "channel", 4), Int(8, "token", 4), residual=3)
@@ -259,6 +260,8 @@ def test_a_bad_request_changes_nothing(prompt, new, options, error, message):
         (lambda c: (tiny(), "cache"), TypeError, "must be a KVCache, got str"),
         (lambda c: (tiny(), cache_of(4, eviction=SlidingWindow(8))), ValueError, "without eviction"),
         (lambda c: (tiny(), c, None, HashChain(cache_of(4).pool, 4)), ValueError, "another pool"),
+        (lambda c: (kvlib.tinylm(), c), ValueError, "built for another model.*num_layers=2.*num_layers=4"),
+        (lambda c: (tiny(), cache_of(4, backend="torch")), ValueError, "on torch, this model needs .* on numpy"),
     ],
 )
 def test_a_cache_that_does_not_fit(arguments, error, message):
@@ -318,6 +321,23 @@ def test_a_step_that_fails_is_tried_again(where, failing, index):
     assert interrupted == 1
     assert [list(one.tokens) for one in sorted(engine.finished)] == [alone(wish, block_size=4) for wish in wishes]
     assert not cache.lengths
+
+
+def test_a_sampler_or_a_clock_that_makes_no_sense_costs_nothing():
+    """The step that met it can be tried again, with a better one."""
+    (prompt,) = prompts(5)
+    engine = Engine(tiny(), cache_of(9))
+    engine.add(prompt, 4)
+    for bad in (VOCAB, -1, 0.5, None):
+        engine.sample = lambda logits, request, bad=bad: bad
+        with pytest.raises(ValueError, match=f"token id below {VOCAB}, and returned {bad}"):
+            engine.step()
+    engine.sample, engine.cost = greedy, lambda work: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    engine.cost = Cost()
+    assert list(engine.run()[0].tokens) == alone(Wish(prompt, 4), block_size=4)
+    assert len(engine.finished[0].times) == 4
 
 
 def test_somebody_else_holds_the_blocks():
