@@ -3,7 +3,7 @@
 The prediction is an inventory. It goes through the moments that can be the worst (a tile is mixed, the outputs are put
 together, the outputs of the heads are projected, the feed-forward block has its three widest arrays), lists the arrays
 that are alive in each, as the code of `kvlib.prefill`, `kvlib.heads` and `kvlib.feedforward` holds them, and takes the
-largest sum. Nothing in it is fitted.
+largest sum. Nothing in it is fitted. It is checked against what NumPy allocates, in float32.
 
 Counted are arrays that grow with the chunk, the tile or the prompt. Not counted: the weights and the prompt, which are
 there before; what Python itself needs, some 10 to 20 KB; workspaces of a GPU's libraries.

@@ -114,10 +114,13 @@ class Tiled:
 
     What a `Transformer` may be given instead of the cache. The exact tail of a codec is a tile of its own.
 
-    Raises ValueError: the cache's policy watches attention, and would not see this; or tile is no positive integer.
+    Raises ValueError, TypeError: the cache's policy watches attention, and would not see this; it is no KVCache; or
+        ``tile`` is no positive integer.
     """
 
     def __init__(self, cache: KVCache, tile: int | None = TILE) -> None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, got {type(cache).__name__}")
         if cache.eviction and cache.eviction.observe != 0:
             raise ValueError(f"{cache.eviction} learns from the cache's own attention; use cache.attend")
         self.cache, self.backend, self.spec = cache, cache.backend, cache.spec

@@ -87,7 +87,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, counts: Mapping[Request, int], decoding: Container[Request], context: int, swapped: int) -> "Work":
-        """``counts``: tokens that each request computes; ``decoding``: those for whom it is the newest of the output."""
+        """``counts``: tokens that each request computes. ``decoding``: who computes the newest of its output."""
         decodes = sum(request in decoding for request in counts)
         return cls(sum(counts.values()) - decodes, decodes, context, swapped)
 

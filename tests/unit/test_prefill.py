@@ -188,8 +188,9 @@ def test_what_does_not_fit(call, message):
 
 # -- the memory --------------------------------------------------------------------------------------
 
-# a whole prompt of 8K in one shot would take most of a gigabyte
-LONG = [(n, chunk) for n in (512, 2048, 8192) for chunk in (128, 512, 2048 if n == 8192 else None)]
+# None: the whole prompt, which for 8K in one shot would take most of a gigabyte
+CHUNKS = {512: (128, 256, None), 2048: (128, 512, None), 8192: (128, 512, 2048)}
+LONG = [(tokens, chunk) for tokens, chunks in CHUNKS.items() for chunk in chunks]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -246,6 +247,12 @@ def test_a_wide_feed_forward_block_can_be_the_worst_moment():
     predicted = prefill_peak(llm, cache, 600, 300, tile=16)
     assert predicted.moment == "the feed-forward block"
     assert close(predicted, measure(lambda: prefill(llm, ids, cache, 300, tile=16)))
+
+
+def test_layers_of_several_kinds_have_several_caches():
+    grouped = kvlib.GroupedCache.for_windows(model().spec, [None, 4], 1, 64)
+    with pytest.raises(TypeError, match="must be a KVCache, got GroupedCache"):
+        prefill(model(), [[1, 2, 3]], grouped)
 
 
 def test_from_n_squared_to_a_chunk_of_rows_to_tiles():
