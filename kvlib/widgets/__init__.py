@@ -103,3 +103,13 @@ class BlockMap(Explorable, script="block_map.js"):
     ``most``, the largest number of tables at once; ``start``, ``size`` and ``follow``, what is shown first; and in
     ``expected``, for each size and event, the slots held, the slots written and the blocks shared.
     """
+
+
+class Compositions(Explorable, script="compositions.js"):
+    """Chapter 10: choose blocks, codec and eviction; see a real model's memory, tinylm's cost, and the frontier.
+
+    ``data``: ``blocks`` and ``policies`` as [name, label], ``codecs``; compositions are numbered in this order, the last
+    one fastest. ``limits`` (tokens) and ``counts`` (conversations) to choose from; ``parts["limit|count"]``: for each
+    composition the codes, exact tail, scales, unused places and tables, in units of 0.1 MB; ``bits`` and ``recall``: what
+    each loses; ``expected["limit|count|bits"]`` (or recall): those that no other beats in both; ``start`` of the selects.
+    """

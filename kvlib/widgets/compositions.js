@@ -1,0 +1,113 @@
+// Every composition of block size, codec and policy: what a real model's cache takes, and what it costs a real small one.
+// data: blocks, policies [[name, label]], codecs [name], limits, counts;
+//       parts {"limit|count": [[codes, exact tail, scales, unused, tables] in 0.1 MB, one for each composition]},
+//       bits, recall [what each composition loses], expected {"limit|count|measure": [compositions that no other beats]},
+//       start {block, codec, policy}. Compositions are numbered blocks first, then codecs, then policies.
+
+const KINDS = [["codes", "r1"], ["exact tail", "r4"], ["scales", "r3"], ["unused", "line"], ["tables", "muted"]];
+const FLOOR = 4e-4;   // where "nothing" is drawn on the logarithmic axis
+
+// The indices of compositions that no other beats in bytes and in loss; of equals the first.
+function frontier(sizes, losses) {
+  return sizes.flatMap((size, i) => {
+    const beaten = sizes.some((other, j) => other <= size && losses[j] <= losses[i]
+      && (other !== size || losses[j] !== losses[i] || j < i));
+    return beaten ? [] : [i];
+  });
+}
+
+function explore(kit, data) {
+  const { element, svg } = kit;
+  const names = data.blocks.flatMap(([block]) => data.codecs.flatMap((codec) => data.policies.map(([policy]) => [block, codec, policy])));
+  const label = (pairs, name) => pairs.find(([key]) => key === name)[1];
+  kit.select("block", "Blocks", data.blocks, data.start.block);
+  kit.select("codec", "Codec", data.codecs.map((name) => [name, name]), data.start.codec);
+  kit.select("policy", "Eviction", data.policies, data.start.policy);
+  kit.range("limit", "Limit", { max: data.limits.length - 1, value: 1, show: (i) => `${number(data.limits[i])} tokens` });
+  kit.range("count", "Conversations", { max: data.counts.length - 1, value: data.counts.length - 1, show: (i) => number(data.counts[i]) });
+  kit.select("measure", "Cost in", [["bits", "bits per byte"], ["recall", "recall lost"]]);
+  const selects = [...kit.root.querySelectorAll("select")];
+
+  const [width, height] = [660, 400];
+  const picture = kit.drawing(width, height, "Memory of the chosen composition as a stacked bar; below, all compositions by memory and cost");
+  picture.style.minWidth = "37rem";
+  const bar = svg("g"), plot = svg("g");
+  picture.append(bar, plot);
+  kit.readout.before(element("div", { class: "kv-key" },
+    ...KINDS.map(([name, colour]) => element("span", {}, element("i", { style: `background: var(--kv-${colour})` }), name)),
+    element("span", {}, element("i", { style: "background: var(--kv-r0); border-radius: 50%" }), "contiguous"),
+    element("span", {}, element("i", { style: "background: var(--kv-accent); border-radius: 50%" }), "blocks of 32"),
+    element("span", {}, element("i", { style: "background: var(--kv-r6); border-radius: 50%" }), "blocks of 256")));
+
+  const gb = (units) => (units >= 1e5 ? `${number(units / 1e4, 0)} GB` : units >= 1e3 ? `${number(units / 1e4, 2)} GB` : `${number(units / 10, 1)} MB`);
+  const sum = (parts) => parts.reduce((a, b) => a + b, 0);
+
+  function drawBar(parts, whole, chosen) {
+    const total = sum(parts), scale = (width - 4) / Math.max(whole, total);
+    let x = 0;
+    const nodes = [svg("rect", { x: 0, y: 22, width: whole * scale, height: 30, style: "fill: none; stroke: var(--kv-muted)", "stroke-dasharray": "3 3" }),
+      svg("text", { x: 0, y: 14, class: "muted" }, `memory: ${chosen}`),
+      svg("text", { x: width - 4, y: 14, "text-anchor": "end", class: "muted" }, `dashed: contiguous float16, ${gb(whole)}`)];
+    parts.forEach((size, i) => {
+      nodes.push(svg("rect", { x, y: 22, width: Math.max(0, size * scale), height: 30, style: `fill: var(--kv-${KINDS[i][1]})` }));
+      x += size * scale;
+    });
+    return nodes;
+  }
+
+  function drawPlot(sizes, losses, best, chosen, measure) {
+    const group = svg("g");
+    const shown = losses.map((loss) => (measure === "bits" ? Math.max(FLOOR, loss) : loss));
+    const all = { from: Math.min(...sizes) / 1.25, to: Math.max(...sizes) * 1.25, log: true, label: "memory (logarithmic)", show: gb };
+    all.ticks = Array.from({ length: 7 }, (_, i) => 10 ** (i + 1)).flatMap((p) => [p, 2 * p, 5 * p]).filter((t) => t >= all.from && t <= all.to);
+    const y = measure === "bits"
+      ? { from: 2.6e-4, to: 1.3, log: true, ticks: [FLOOR, 0.001, 0.01, 0.1, 1], show: (v) => (v === FLOOR ? "none" : String(v)), label: "bits per byte more, on tinylm (less is better)" }
+      : { from: -4, to: 96, ticks: [0, 20, 40, 60, 80], show: (v) => `${v} %`, label: "recall lost, on tinylm (less is better)" };
+    const at = axes(group, { left: 48, top: 96, width: width - 62, height: height - 146 }, all, y);
+    const order = [...best].sort((a, b) => sizes[a] - sizes[b]);
+    const stairs = order.flatMap((i, n) => [...(n ? [[at.x(sizes[i]), at.y(shown[order[n - 1]])]] : []), [at.x(sizes[i]), at.y(shown[i])]]);
+    at.layer.append(svg("path", { d: path(stairs), fill: "none", style: "stroke: var(--kv-ink)", "stroke-width": 1.4 }));
+    sizes.forEach((size, i) => {
+      const colour = { 0: "r0", 32: "accent", 256: "r6" }[names[i][0]];
+      const on = best.includes(i);
+      const dot = svg("circle", { cx: at.x(size), cy: at.y(shown[i]), r: on ? 4.5 : 3.4, style: `fill: var(--kv-${on ? colour : "paper"}); stroke: var(--kv-${colour}); cursor: pointer`, "stroke-width": 1.5 });
+      dot.append(svg("title", {}, describe(i)));
+      dot.addEventListener("click", () => choose(i));
+      at.layer.append(dot);
+    });
+    at.layer.append(svg("circle", { cx: at.x(sizes[chosen]), cy: at.y(shown[chosen]), r: 9, fill: "none", style: "stroke: var(--kv-ink)", "stroke-width": 2.4 }));
+    return group;
+  }
+
+  const describe = (i) => `${label(data.blocks, names[i][0])}, ${names[i][1]}, ${label(data.policies, names[i][2])}`;
+  function choose(i) {
+    const [block, codec, policy] = names[i];
+    [block, codec, policy].forEach((value, which) => { selects[which].value = value; });
+    kit.update({ block, codec, policy });
+  }
+
+  kit.start((state) => {
+    const key = `${data.limits[state.limit]}|${data.counts[state.count]}`;
+    const parts = data.parts[key], sizes = parts.map(sum), losses = data[state.measure];
+    const chosen = names.findIndex(([block, codec, policy]) => block === state.block && codec === state.codec && policy === state.policy);
+    const best = frontier(sizes, losses);
+    bar.replaceChildren(...drawBar(parts[chosen], sizes[0], describe(chosen)));
+    plot.replaceChildren(drawPlot(sizes, losses, best, chosen, state.measure));
+
+    const agrees = JSON.stringify(best) === JSON.stringify(data.expected[`${key}|${state.measure}`]);
+    kit.root.dataset.agrees = agrees;
+    const b = (text) => element("b", {}, text);
+    const tail = parts[chosen][1] / sizes[chosen], unused = parts[chosen][3] / sizes[chosen];
+    const better = sizes.map((_, i) => i).filter((i) => sizes[i] <= sizes[chosen] && losses[i] <= losses[chosen] && (sizes[i] < sizes[chosen] || losses[i] < losses[chosen]));
+    const lines = [b(gb(sizes[chosen])), `, ${number(sizes[0] / sizes[chosen], 1)} times smaller than contiguous float16; `,
+      `${number(100 * tail)} % of it exact tail, ${number(100 * unused)} % unused. It costs `,
+      b(`${number(data.bits[chosen], 3)} bits per byte`), " and ", b(`${number(data.recall[chosen], 0)} points of recall`), ". "];
+    if (best.includes(chosen)) lines.push(b("On the frontier"), ": no other is smaller and as good. ");
+    else if (better.length) {
+      const pick = better.reduce((a, c) => (sizes[c] < sizes[a] ? c : a));
+      lines.push(`${better.length} ${better.length === 1 ? "is" : "are"} at least as small and as good, the smallest `, b(describe(pick)), `, ${gb(sizes[pick])}. `);
+    } else lines.push("Another one is exactly as large and as good. ");
+    lines.push(agrees ? "Python finds the same frontier." : "PYTHON FINDS ANOTHER FRONTIER.");
+    kit.readout.replaceChildren(...lines);
+  });
+}
