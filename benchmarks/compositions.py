@@ -1,9 +1,9 @@
 """What codec and eviction cost together: ``python benchmarks/compositions.py``.
 
 Every codec of the list with every policy of the list, through the bundled model, on the same text and questions; the
-block size is left out, for it changes no answer. Controls take apart what KIVI's groups and its tail do to a policy that
-goes by attention. Writes benchmarks/results/compositions.json. Budgets are in tokens, as a server would set them, and
-not shares as in quality.py: a question whose prompt fits loses nothing.
+block size is left out, for it changes no answer. Controls take apart what KIVI's groups and its tail do to a policy
+that goes by attention. Writes benchmarks/results/compositions.json. Budgets are in tokens, as a server would set them,
+and not shares as in quality.py: a question whose prompt fits loses nothing.
 """
 
 import argparse

@@ -108,8 +108,9 @@ class BlockMap(Explorable, script="block_map.js"):
 class Compositions(Explorable, script="compositions.js"):
     """Chapter 10: choose blocks, codec and eviction; see a real model's memory, tinylm's cost, and the frontier.
 
-    ``data``: ``blocks`` and ``policies`` as [name, label], ``codecs``; compositions are numbered in this order, the last
-    one fastest. ``limits`` (tokens) and ``counts`` (conversations) to choose from; ``parts["limit|count"]``: for each
-    composition the codes, exact tail, scales, unused places and tables, in units of 0.1 MB; ``bits`` and ``recall``: what
-    each loses; ``expected["limit|count|bits"]`` (or recall): those that no other beats in both; ``start`` of the selects.
+    ``data``: ``blocks`` and ``policies`` as [name, label], ``codecs``; compositions are numbered in this order, the
+    last one fastest. ``limits`` (tokens) and ``counts`` (conversations) to choose from; ``parts["limit|count"]``: for
+    each composition the codes, exact tail, scales, unused places and tables, in units of 0.1 MB; ``bits`` and
+    ``recall``: what each loses; ``expected["limit|count|bits"]`` (or recall): those that no other beats in both;
+    ``start`` of the selects.
     """

@@ -42,15 +42,20 @@ function explore(kit, data) {
   const gb = (units) => (units >= 1e5 ? `${number(units / 1e4, 0)} GB` : units >= 1e3 ? `${number(units / 1e4, 2)} GB` : `${number(units / 10, 1)} MB`);
   const sum = (parts) => parts.reduce((a, b) => a + b, 0);
 
+  // Above, the whole against contiguous float16; below, its parts, stretched to the full width.
   function drawBar(parts, whole, chosen) {
-    const total = sum(parts), scale = (width - 4) / Math.max(whole, total);
+    const total = sum(parts), wide = width - 4, share = Math.min(1, total / whole) * wide;
+    const nodes = [
+      svg("text", { x: 0, y: 12, class: "muted" }, chosen),
+      svg("text", { x: wide, y: 12, "text-anchor": "end", class: "muted" }, `of contiguous float16, ${gb(whole)}`),
+      svg("rect", { x: 0, y: 18, width: wide, height: 9, style: "fill: var(--kv-faint)" }),
+      svg("rect", { x: 0, y: 18, width: share, height: 9, style: "fill: var(--kv-ink)" }),
+      svg("path", { d: `M0 28L0 40L${wide} 40L${share.toFixed(1)} 28Z`, style: "fill: var(--kv-faint)" })];
     let x = 0;
-    const nodes = [svg("rect", { x: 0, y: 22, width: whole * scale, height: 30, style: "fill: none; stroke: var(--kv-muted)", "stroke-dasharray": "3 3" }),
-      svg("text", { x: 0, y: 14, class: "muted" }, `memory: ${chosen}`),
-      svg("text", { x: width - 4, y: 14, "text-anchor": "end", class: "muted" }, `dashed: contiguous float16, ${gb(whole)}`)];
     parts.forEach((size, i) => {
-      nodes.push(svg("rect", { x, y: 22, width: Math.max(0, size * scale), height: 30, style: `fill: var(--kv-${KINDS[i][1]})` }));
-      x += size * scale;
+      const long = (size / total) * wide;
+      nodes.push(svg("rect", { x, y: 40, width: Math.max(0, long), height: 22, style: `fill: var(--kv-${KINDS[i][1]})` }));
+      x += long;
     });
     return nodes;
   }
@@ -63,7 +68,7 @@ function explore(kit, data) {
     const y = measure === "bits"
       ? { from: 2.6e-4, to: 1.3, log: true, ticks: [FLOOR, 0.001, 0.01, 0.1, 1], show: (v) => (v === FLOOR ? "none" : String(v)), label: "bits per byte more, on tinylm (less is better)" }
       : { from: -4, to: 96, ticks: [0, 20, 40, 60, 80], show: (v) => `${v} %`, label: "recall lost, on tinylm (less is better)" };
-    const at = axes(group, { left: 48, top: 96, width: width - 62, height: height - 146 }, all, y);
+    const at = axes(group, { left: 48, top: 104, width: width - 62, height: height - 154 }, all, y);
     const order = [...best].sort((a, b) => sizes[a] - sizes[b]);
     const stairs = order.flatMap((i, n) => [...(n ? [[at.x(sizes[i]), at.y(shown[order[n - 1]])]] : []), [at.x(sizes[i]), at.y(shown[i])]]);
     at.layer.append(svg("path", { d: path(stairs), fill: "none", style: "stroke: var(--kv-ink)", "stroke-width": 1.4 }));
@@ -101,7 +106,7 @@ function explore(kit, data) {
     const better = sizes.map((_, i) => i).filter((i) => sizes[i] <= sizes[chosen] && losses[i] <= losses[chosen] && (sizes[i] < sizes[chosen] || losses[i] < losses[chosen]));
     const lines = [b(gb(sizes[chosen])), `, ${number(sizes[0] / sizes[chosen], 1)} times smaller than contiguous float16; `,
       `${number(100 * tail)} % of it exact tail, ${number(100 * unused)} % unused. It costs `,
-      b(`${number(data.bits[chosen], 3)} bits per byte`), " and ", b(`${number(data.recall[chosen], 0)} points of recall`), ". "];
+      b(`${number(data.bits[chosen], 3)} bits per byte`), " and ", b(`${number(data.recall[chosen], 0)} point${data.recall[chosen] === 1 ? "" : "s"} of recall`), ". "];
     if (best.includes(chosen)) lines.push(b("On the frontier"), ": no other is smaller and as good. ");
     else if (better.length) {
       const pick = better.reduce((a, c) => (sizes[c] < sizes[a] ? c : a));
