@@ -115,7 +115,7 @@ class Scheduler:
                 break
             if request.seq is not None and not self._continue(request, turn):
                 break
-        while self.waiting and not full and not turn.preempted and len(self.running) < self.rules.max_running:
+        while self.waiting and not full and len(self.running) < self.rules.max_running:
             if not (turn.budget or self.rules.static) or not self._admit(turn):
                 break
         return turn

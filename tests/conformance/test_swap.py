@@ -108,6 +108,16 @@ def test_no_room_to_come_back_changes_nothing(setup32):
     assert not changed(before, snapshot(cache))
 
 
+def test_what_cannot_be_written_takes_no_block():
+    cache = kvlib.KVCache(kvlib.CacheSpec(2, 32, dtype="float32"), 1, 40, block_size=4)
+    cache.append(np.ones((1, 2, 9, 32), np.float32), np.ones((1, 2, 9, 32), np.float32))
+    away = take_out(cache, 0)
+    before = snapshot(cache._tables.open_tables), cache.num_free_blocks, cache.pool.refs.tolist()
+    with pytest.raises(ValueError, match="broadcast"):
+        put_back(cache, away._replace(planes=[away.planes[0], away.planes[1][:, :2]]))
+    assert (snapshot(cache._tables.open_tables), cache.num_free_blocks, cache.pool.refs.tolist()) == before
+
+
 @pytest.mark.parametrize(
     "other, named",
     [

@@ -15,8 +15,9 @@ from kvlib.eviction import SlidingWindow
 from kvlib.metrics import summarise
 from kvlib.model import Transformer
 from kvlib.prefix import HashChain, RadixTree
-from kvlib.scheduler import Batching
-from kvlib.serving import Cost, Work
+from kvlib.scheduler import Batching, Scheduler
+from kvlib.serving import Cost, Request, Work
+from kvlib.simulation import BareCache
 from tests.unit.serving_help import LONGEST, VOCAB, Wish, alone, cache_of, served, tiny
 
 GROUPED = Split(Int(8, "channel", 4), Int(8, "token", 4), residual=3)
@@ -157,6 +158,35 @@ def test_a_prompt_of_one_token_is_no_decode():
     engine = Engine(tiny(), cache_of(40), Batching(token_budget=1, static=True))
     served(engine, [Wish(p, 1) for p in prompts(3, 1)])
     assert [step.prefill for step in engine.steps] == [((0, 1),), ((0, 1),), ((0, 1),), ((1, 1),)]
+
+
+def standing(num_blocks: int, *states: tuple[int, int, int], budget: int = 8) -> tuple[Scheduler, list[Request]]:
+    """A scheduler over blocks of 4, and who runs: (tokens of the prompt, tokens that are there, tokens computed)."""
+    cache = BareCache(num_blocks, 4)
+    scheduler = Scheduler(cache, Batching(token_budget=budget))
+    for id, (prompt, there, computed) in enumerate(states):
+        request = Request(id, 0.0, [1] * prompt, 20, frozenset())
+        request.tokens += [1] * (there - prompt)
+        request.seq = cache.open()
+        cache.extend([request.seq], computed)
+        request.advance(computed)
+        scheduler.running.append(request)
+    return scheduler, scheduler.running[:]
+
+
+def test_who_leaves_gives_back_the_budget_too():
+    """After a step that failed, a prompt may be older than a decode: it takes the block of one that was to run."""
+    scheduler, (older, younger) = standing(2, (8, 8, 4), (3, 4, 3))
+    turn = scheduler.schedule()
+    assert turn.work == {older: 4} and turn.preempted == [younger]
+    assert turn.budget == 4 and turn.taken == 1 and list(scheduler.waiting) == [younger]
+
+
+def test_behind_a_prompt_that_blocks_cut_short_the_younger_wait():
+    """The younger one has room in its own block; but it would decode before the older has been read."""
+    scheduler, (older, younger) = standing(3, (12, 12, 4), (4, 4, 2), budget=20)
+    turn = scheduler.schedule()
+    assert turn.work == {older: 4} and scheduler.running == [older, younger]
 
 
 def test_a_prompt_that_was_served_is_found():
