@@ -114,3 +114,11 @@ class Compositions(Explorable, script="compositions.js"):
     ``recall``: what each loses; ``expected["limit|count|bits"]`` (or recall): those that no other beats in both;
     ``start`` of the selects.
     """
+
+
+class OnlineSoftmax(Explorable, script="online_softmax.js"):
+    """Chapter 14: read the scores of a real head tile by tile, and watch the running maximum and the sum.
+
+    ``data``: ``heads[name]`` with ``scores`` of the newest keys and ``m`` and ``l`` over all of them, ``letters`` (what
+    byte each key belongs to) and ``sizes`` of tiles to choose from.
+    """
