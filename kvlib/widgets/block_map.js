@@ -160,10 +160,11 @@ function explore(kit, data) {
       ...drawLinks(moment, size, follow), ...drawTables(moment, size, follow));
 
     const { held, stored, shared } = totals(moment, size), lost = moments.slice(0, event).reduce((sum, { bad }) => sum + bad, 0);
+    const here = Object.keys(moment.tables).length;
     const seen = Object.values(moment.lengths).reduce((sum, tokens) => sum + tokens, 0);
     const ids = moment.tables[follow];
     kit.readout.replaceChildren(element("b", {}, `${event}. ${moment.text}`),
-      ` ${plural(Object.keys(moment.tables).length, "sequence")} see ${plural(seen, "token")}, stored in ${plural(stored, "slot")} of ${number(held)} held: ${plural(held - stored, "slot")} wasted.`
+      ` ${plural(here, "sequence")} ${here === 1 ? "sees" : "see"} ${plural(seen, "token")}, stored in ${plural(stored, "slot")} of ${number(held)} held: ${plural(held - stored, "slot")} wasted.`
       + ` ${shared ? `${plural(shared, "block")} shared. ` : ""}${lost ? `Lost so far: ${plural(lost, "request")}. ` : ""}`
       + (moment.copied ? `Copied because shared: ${plural(moment.copied, "block")} of ${size}. ` : "")
       + (ids ? `${follow} has ${plural(ids.length, "block")}.` : `${follow} is not in the cache now.`));
