@@ -122,3 +122,12 @@ class OnlineSoftmax(Explorable, script="online_softmax.js"):
     ``data``: ``heads[name]`` with ``scores`` of the newest keys and ``m`` and ``l`` over all of them, ``letters`` (what
     byte each key belongs to) and ``sizes`` of tiles to choose from.
     """
+
+
+class Roofline(Explorable, script="roofline.js"):
+    """Chapter 16: put a step of a model on the roof of a device, and see what moves its two points.
+
+    ``data``: ``models`` (parameters, heads, KV heads, width, layers and bits per number of each codec), ``devices``
+    (bytes and FLOP per second, bytes of memory), the choices of ``contexts``, ``batches`` and ``news`` (new tokens), and
+    ``expected`` intensities and milliseconds on an H200, for what Python has computed too.
+    """
