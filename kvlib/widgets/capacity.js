@@ -41,16 +41,22 @@ function explore(kit, data) {
   const setBatch = kit.range("batch", "Batch",
     { max: data.batches.length - 1, value: data.start.batch, show: (i) => `${number(data.batches[i])} sequence${i ? "s" : ""}` });
 
-  const [width, left, barTop, barHigh] = [660, 62, 28, 38];
-  const [column, row, gridTop] = [(width - left - 4) / data.contexts.length, 17, 128];
+  const [barTop, barHigh, row, gridTop] = [28, 38, 17, 128];
   const gridEnd = gridTop + row * data.batches.length;
-  const picture = kit.drawing(width, gridEnd + 44, "Weights, cache and what is left on the card; below, which contexts and batches fit");
-  picture.style.minWidth = "37rem";
+  let width, left, column, every;   // on a phone the columns are narrow, and only every third has its label
+  const picture = kit.drawing(660, gridEnd + 58, "Weights, cache and what is left on the card; below, which contexts and batches fit");
+  function measure() {
+    const narrow = kit.root.clientWidth > 0 && kit.root.clientWidth < 480;
+    [width, left, every] = narrow ? [330, 40, 3] : [660, 62, 1];
+    column = (width - left - 4) / data.contexts.length;
+    picture.setAttribute("viewBox", `0 0 ${width} ${gridEnd + 58}`);
+    return narrow;
+  }
   const bar = svg("g"), grid = svg("g");
   picture.append(bar, grid);
   const sample = (colour, text) => element("span", {}, element("i", { style: `background: var(--kv-${colour})` }), text);
   kit.readout.before(element("div", { class: "kv-key" }, sample("muted", "weights"), sample("k", "keys"), sample("v", "values"),
-    sample("accent", "latent (K and V in one)"), sample("q", "fits")));
+    sample("accent", "latent (K and V in one)"), sample("r0", "fits")));
 
   const gb = (bytes) => `${number(bytes / 1e9, bytes < 1e9 ? 3 : bytes < 1e11 ? 2 : 0)} GB`;
   const rect = (x, y, w, h, colour, extra = {}) => svg("rect", { x, y, width: Math.max(0, w), height: h, style: `fill: ${colour}`, ...extra });
@@ -83,16 +89,16 @@ function explore(kit, data) {
       nodes.push(write(left - 8, y + 13, number(size), { "text-anchor": "end", class: "muted" }));
       data.contexts.forEach((tokens, c) => {
         const fits = cacheBytes(parts, tokens, size) <= room;
-        const cell = rect(left + c * column, y, column - 2, row - 2, fits ? "var(--kv-q)" : "var(--kv-faint)",
+        const cell = rect(left + c * column, y, column - 2, row - 2, fits ? "var(--kv-r0)" : "var(--kv-faint)",
           { opacity: fits && made && tokens > made ? 0.45 : 1 });
         cell.addEventListener("click", () => { setContext(c); setBatch(b); });
         nodes.push(cell);
       });
     });
-    data.contexts.forEach((tokens, c) =>
-      nodes.push(write(left + (c + 0.5) * column - 1, gridEnd + 15, number(tokens), { "text-anchor": "middle", class: "muted" })));
-    nodes.push(write(left + 5 * column, gridEnd + 34, "tokens in each sequence (pale: longer than the model was made for)",
-        { "text-anchor": "middle", class: "muted" }),
+    data.contexts.forEach((tokens, c) => c % every || nodes.push(
+      write(left + (c + 0.5) * column - 1, gridEnd + 15, number(tokens), { "text-anchor": "middle", class: "muted" })));
+    nodes.push(write(left + 5 * column, gridEnd + 34, "tokens in each sequence", { "text-anchor": "middle", class: "muted" }),
+      write(left + 5 * column, gridEnd + 50, "(pale: longer than the model was made for)", { "text-anchor": "middle", class: "muted" }),
       svg("rect", { x: left + context * column - 2, y: gridEnd - (batch + 1) * row - 2, width: column + 2, height: row + 2, rx: 2,
         style: "fill: none; stroke: var(--kv-ink); stroke-width: 2.5" }));
     return nodes;
@@ -110,7 +116,8 @@ function explore(kit, data) {
     return agrees;
   }
 
-  kit.start((state) => {
+  function draw(state) {
+    measure();
     const model = data.models.find(({ name }) => name === state.model);
     const key = `${state.model}|${state.codec}`, parts = data.parts[key];
     const tokens = data.contexts[state.context], size = data.batches[state.batch];
@@ -124,7 +131,8 @@ function explore(kit, data) {
     kit.root.dataset.agrees = agrees;
     const b = (text) => element("b", {}, text);
     const each = cacheBytes(parts, tokens, 1) / tokens;
-    const lines = [b(`${number(each, each < 1000 ? 1 : 0)} bytes`), ` for a token at this context, ${gb(cache)} for all. `];
+    const lines = [b(`${number(each, each < 1000 ? 1 : 0)} bytes`), ` for a token at this context, ${gb(cache)} for all: `,
+      b(`${number(cache / weights, cache < weights ? 2 : 1)} times the weights`), ". "];
     if (room <= 0) {
       lines.push(b("The weights alone do not fit"), `: ${gb(weights)} against ${gb(usable)}. `);
     } else {
@@ -136,5 +144,8 @@ function explore(kit, data) {
     }
     lines.push(agrees ? "kvlib counts the same." : "KVLIB COUNTS DIFFERENTLY.");
     kit.readout.replaceChildren(...lines);
-  });
+  }
+  kit.start(draw);
+  let narrow = measure();
+  new ResizeObserver(() => { if (narrow !== measure()) { narrow = !narrow; draw(kit.state); } }).observe(kit.root);
 }
