@@ -226,3 +226,38 @@ def test_a_table_that_changed_is_sent_again(at_work):
     first = cache.attend(q)
     cache._tables[0].ids[0], cache._tables[1].ids[0] = cache._tables[1].ids[0], cache._tables[0].ids[0]
     torch.testing.assert_close(cache.attend(q[[1, 0]]), first[[1, 0]], atol=HALF, rtol=0)
+
+
+# -- what it asks memory for ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not kernels.interpreted(), reason="loads are counted in the interpreter")
+@pytest.mark.parametrize("codec", ["plain", "int8", "int4", "int2", "kivi-2"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_each_stored_byte_is_asked_for_and_none_that_nobody_holds(codec, splits):
+    """Of the blocks of the sequences all that is in use, of all others nothing, whatever the splits."""
+    from kvlib.kernels.traffic import counted
+
+    lengths = [64, 48]
+    cache = filled(CODECS[codec], lengths, block_size=16)
+    q = normal(np.random.default_rng(1), 2, 2, 4, 64)
+    ids, stored, seen, longest = arguments(cache, layer=1)
+    with counted() as traffic:
+        paged.attend_blocks(q, cache._storage, 1, ids, stored, seen, 1, longest, paged.Schedule(16, 32, splits))
+    share = int(stored.sum()) / (cache.num_blocks * 16)
+    for plane in cache._storage.arrays():
+        assert traffic.distinct(plane[0]) == 0
+        assert traffic.distinct(plane[1]) == share * plane[1].nbytes
+
+
+@pytest.mark.skipif(not kernels.interpreted(), reason="loads are counted in the interpreter")
+def test_query_heads_that_share_a_key_ask_for_it_once():
+    from kvlib.kernels.traffic import counted
+
+    cache, asked = filled("plain", [64]), []
+    for group in (1, 8):
+        q = normal(np.random.default_rng(1), 1, 2, group, 64)
+        with counted() as traffic:
+            paged.attend_blocks(q, cache._storage, 0, *arguments(cache, 0)[:3], 1, 64, paged.Schedule(16, 32, 1))
+        asked.append(traffic.lanes - q.nbytes)
+    assert asked[0] == asked[1]
