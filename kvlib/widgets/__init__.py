@@ -131,3 +131,12 @@ class Roofline(Explorable, script="roofline.js"):
     (bytes and FLOP per second, bytes of memory), the choices of ``contexts``, ``batches`` and ``news`` (new tokens), and
     ``expected`` intensities and milliseconds on an H200, for what Python has computed too.
     """
+
+
+class KernelWalk(Explorable, script="kernel_walk.js"):
+    """Chapter 17: the programs of a paged decode kernel, round by round, and the blocks that they read.
+
+    ``data``: ``tables`` and ``lengths`` of the sequences, tokens to a ``block``, ``blocks`` in the pool, ``heads`` of K
+    and V, query heads to a ``group``, the choices of ``tiles`` and ``splits``, and for each the ``tokens`` of K that the
+    real kernel asked for.
+    """
