@@ -31,6 +31,15 @@ def test_every_file_of_the_contents_has_a_page(book, root):
     assert len(names) >= 7 and not missing, f"no page was built for {missing}"
 
 
+def test_chapters_and_their_figures_have_the_number_of_the_file(book):
+    """Though some between them are not written yet."""
+    for path in (book / "chapters").glob("[0-9]*.html"):
+        number, text = str(int(path.name[:2])), path.read_text(encoding="utf-8")
+        assert f"<title>{number}. " in text
+        figures = set(re.findall(r'caption-number">Figure (\d+)\.\d+', text))
+        assert figures == {number}, f"{path.name}: figures of chapters {figures}"
+
+
 def test_every_chapter_is_in_the_contents(root):
     contents = (root / "_toc.yml").read_text()
     absent = [path.name for path in (root / "chapters").glob("*.*")
