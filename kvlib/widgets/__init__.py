@@ -137,6 +137,16 @@ class KernelWalk(Explorable, script="kernel_walk.js"):
     """Chapter 17: the programs of a paged decode kernel, round by round, and the blocks that they read.
 
     ``data``: ``tables`` and ``lengths`` of the sequences, tokens to a ``block``, ``blocks`` in the pool, ``heads`` of K
-    and V, query heads to a ``group``, the choices of ``tiles`` and ``splits``, and for each the ``tokens`` of K that the
-    real kernel asked for.
+    and V, query heads to a ``group``, the choices of ``tiles`` and ``splits``, and for each pair of them the ``tokens``
+    of K that the real kernel asked for.
+    """
+
+
+class ChunkSize(Explorable, script="chunk_size.js"):
+    """Chapter 15: choose how a long prompt is cut, and see memory, time to first token and the longest gap of the others.
+
+    ``data``: ``device`` (FLOP and bytes per second), ``model`` (parameters, heads, KV heads, width, layers), the choices of
+    ``prompts``, ``crowds`` (sequences that decode) and ``chunks``, keys of a ``tile``, the ``start`` of each, and in
+    ``expected["prompt|crowd|chunk"]`` what kvlib's engine simulates: tokens that the crowd holds when the prompt's first
+    step begins, and milliseconds to the first token and of the longest gap.
     """
