@@ -66,43 +66,51 @@ def attend_kernel(
     """q (B, HEADS, num_rows, D), scaled; tables (B, max_blocks); stored, lengths (B,) -> m, l (B, HEADS, splits,
     num_rows) and o (…, DV). Row r of a head is query head r // tokens of its group, at the r % tokens-th new position.
     """
-    lane, split = tl.program_id(0), tl.program_id(2)  # a lane is one KV head of one sequence
+    lane, split = tl.program_id(0), tl.program_id(2)  # a lane: a KV head of a sequence
     seq, head = lane // HEADS, lane % HEADS
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     dims, value_dims = tl.arange(0, WIDE_D), tl.arange(0, WIDE_DV)
     live = rows < num_rows
-    at = lane.to(tl.int64) * num_rows + rows
-    query = tl.load(q + at[:, None] * D + dims[None, :], mask=live[:, None] & (dims < D)[None, :], other=0.0).to(HALF)
+    at = (lane.to(tl.int64) * num_rows + rows)[:, None] * D + dims[None, :]
+    inside = live[:, None] & (dims < D)[None, :]
+    query = tl.load(q + at, mask=inside, other=0.0).to(HALF)
     position = tl.load(lengths + seq) - tokens + rows % tokens
 
     slots = tl.load(stored + seq)
     share = tl.cdiv(tl.cdiv(slots, TILE), splits) * TILE
     start = split * share
-    stop = tl.minimum(tl.minimum(start + share, slots), tl.max(tl.where(live, position, -1)) + 1)
+    newest = tl.max(tl.where(live, position, -1))
+    stop = tl.minimum(tl.minimum(start + share, slots), newest + 1)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDE_DV), tl.float32)
     for first in range(start, stop, TILE):
         slot = first + tl.arange(0, TILE)
         seen = slot < stop
-        block = tl.load(tables + seq * max_blocks + slot // BLOCK, mask=seen, other=0).to(tl.int64)
+        entry = tables + seq * max_blocks + slot // BLOCK
+        block = tl.load(entry, mask=seen, other=0).to(tl.int64)
         place = (block * HEADS + head) * BLOCK + slot % BLOCK
-        k = load_rows(k_codes, k_scale, k_offset, place, seen, dims, D, K_BITS, K_TOKENS, K_GROUP, K_SYMMETRIC)
+        k = load_rows(k_codes, k_scale, k_offset, place, seen, dims, D,
+                      K_BITS, K_TOKENS, K_GROUP, K_SYMMETRIC)  # fmt: skip
         scores = tl.dot(query, tl.trans(k.to(HALF)), input_precision="ieee")
-        scores = tl.where(seen[None, :] & (slot[None, :] <= position[:, None]), scores, float("-inf"))
+        visible = seen[None, :] & (slot[None, :] <= position[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
         top = tl.maximum(best, tl.max(scores, axis=1))
-        shift = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+        shift = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet
         weights = tl.exp(scores - shift[:, None])
         keep = tl.exp(best - shift)
-        v = load_rows(v_codes, v_scale, v_offset, place, seen, value_dims, DV, V_BITS, V_TOKENS, V_GROUP, V_SYMMETRIC)
+        v = load_rows(v_codes, v_scale, v_offset, place, seen, value_dims, DV,
+                      V_BITS, V_TOKENS, V_GROUP, V_SYMMETRIC)  # fmt: skip
         total = total * keep + tl.sum(weights, axis=1)
-        mixed = mixed * keep[:, None] + tl.dot(weights.to(HALF), v.to(HALF), input_precision="ieee")
+        tile = tl.dot(weights.to(HALF), v.to(HALF), input_precision="ieee")
+        mixed = mixed * keep[:, None] + tile
         best = top
 
     to = (lane.to(tl.int64) * splits + split) * num_rows + rows
     tl.store(m + to, best, mask=live)
     tl.store(l + to, total, mask=live)
-    tl.store(o + to[:, None] * DV + value_dims[None, :], mixed, mask=live[:, None] & (value_dims < DV)[None, :])
+    inside = live[:, None] & (value_dims < DV)[None, :]
+    tl.store(o + to[:, None] * DV + value_dims[None, :], mixed, mask=inside)
 
 
 @triton.jit

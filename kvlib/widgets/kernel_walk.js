@@ -4,22 +4,29 @@
 
 function explore(kit, data) {
   const { svg } = kit;
-  const numbers = (values) => values.map((value) => [String(value), String(value)]);
-  kit.select("tile", "Tile", data.tiles.map((tile) => [String(tile), `${tile} tokens`]));
-  kit.select("splits", "Splits", numbers(data.splits), "2");
-  kit.select("processors", "Processors", numbers([2, 4, 8, 16]), "8");
-  const most = 40;
-  const setRound = kit.range("round", "Round", { min: 0, max: most, value: 1 });
+  const choices = (values, unit = "") => values.map((value) => [String(value), `${value}${unit}`]);
+  kit.select("tile", "Tile", choices(data.tiles, " tokens"));
+  kit.select("splits", "Splits", choices(data.splits), "2");
+  kit.select("processors", "Processors", choices([2, 4, 8, 16]), "8");
+  const setRound = kit.range("round", "Round", { min: 0, max: 4, value: 1 });
+  const slider = kit.root.querySelector("input[type=range]");
   const back = kit.button("Back", () => setRound(kit.state.round - 1), "One round back");
   const next = kit.button("Next round", () => setRound(kit.state.round + 1), "One round on");
-  const picture = kit.drawing(660, 470, "Programs and the tiles that they fold, and the pool of blocks that they read");
+  const picture = kit.drawing(660, 384, "Programs and the tiles that they fold, and the pool of blocks that they read");
+  picture.style.minWidth = "33rem";  // on a phone it scrolls
   const layer = svg("g");
   picture.append(layer);
   const colour = (seq) => `var(--kv-r${seq})`;
+  const text = (x, y, content, more = {}) => svg("text", { x, y, ...more }, content);
+  // Tinted once it is read, so that dark and light ink can both be read on it; framed while it is being read.
+  const box = (x, y, width, height, seq, past, now) => svg("rect", {
+    x, y, width, height, fill: past ? colour(seq) : "none", "fill-opacity": 0.4,
+    stroke: now ? "var(--kv-ink)" : colour(seq), "stroke-width": now ? 2.2 : 1 });
 
-  // Every program with its tiles, and the round in which it folds each of them: waves of as many programs as processors.
-  function programs({ tile, splits, processors }) {
-    const list = [];
+  // Every program with its tiles, and the round in which it begins. They start in the order of a launch, all first splits before all second ones,
+  // each on the processor that is free first. One that has nothing to read takes a round too.
+  function plan(tile, splits, processors) {
+    const programs = [];
     data.lengths.forEach((length, seq) => {
       const share = Math.ceil(Math.ceil(length / tile) / splits) * tile;
       for (let head = 0; head < data.heads; head++) {
@@ -28,78 +35,94 @@ function explore(kit, data) {
           for (let first = split * share; first < Math.min((split + 1) * share, length); first += tile) {
             tiles.push([first, Math.min(first + tile, length)]);
           }
-          list.push({ seq, head, split, tiles });
+          programs.push({ seq, head, split, tiles });
         }
       }
     });
-    const free = Array(processors).fill(0);  // the round in which each processor is free
-    for (const program of list) {
+    const free = Array(processors).fill(0);
+    for (const program of [...programs].sort((a, b) => a.split - b.split)) {
       const processor = free.indexOf(Math.min(...free));
       program.begins = free[processor];
-      program.processor = processor;
       free[processor] += Math.max(1, program.tiles.length);
     }
-    return { list, rounds: Math.max(...free) + (splits > 1 ? 1 : 0) };
+    const folded = Math.max(...free);
+    return { programs, folded, rounds: folded + (splits > 1 ? 1 : 0) };
   }
 
   kit.start((state) => {
-    const settings = { tile: Number(state.tile), splits: Number(state.splits), processors: Number(state.processors) };
-    const { list, rounds } = programs(settings);
-    const round = Math.min(state.round, rounds);
-    back.disabled = state.round === 0;
-    next.disabled = state.round === most;
-    const parts = [svg("text", { x: 8, y: 14, class: "muted" }, "programs: one row each; a cell is a tile, named by its blocks; the line is now")];
-    const left = 150, high = Math.min(17, 250 / list.length), wide = Math.min(46, 500 / rounds);
-    const reading = new Map(), read = new Map();  // block -> sequence
-    let busy = 0, done = 0;
-    list.forEach((program, row) => {
-      const y = 24 + row * high;
-      parts.push(svg("text", { x: left - 8, y: y + high * 0.7, "text-anchor": "end", class: "muted", style: `font-size: ${Math.min(10, high)}px` },
-        `seq ${program.seq}, head ${program.head}, split ${program.split}`));
-      if (!program.tiles.length) {
-        parts.push(svg("rect", { x: left + program.begins * wide, y, width: wide - 1.5, height: high - 1.5, fill: "none", stroke: "var(--kv-muted)", "stroke-dasharray": "2 2" }));
+    const tile = Number(state.tile), splits = Number(state.splits), processors = Number(state.processors);
+    const { programs, folded, rounds } = plan(tile, splits, processors);
+    slider.max = rounds;  // the slider ends where the walk does
+    if (state.round > rounds) return setRound(rounds);
+    const { round } = state;
+    back.disabled = round === 0;
+    next.disabled = round === rounds;
+
+    const left = 152, top = 38, high = Math.min(26, 208 / programs.length), wide = Math.min(100, 500 / rounds);
+    const size = Math.min(11, high * 0.75);
+    const parts = [text(8, 13, "a row is a program, a box a tile with the blocks that it lies in", { class: "muted" })];
+    for (let when = 0; when < rounds; when++) {
+      parts.push(text(left + (when + 0.5) * wide, top - 7, when === folded ? "merge" : `round ${when + 1}`, {
+        "text-anchor": "middle", class: when === round - 1 ? "" : "muted", style: `font-size: 10px; font-weight: ${when === round - 1 ? 700 : 400}` }));
+    }
+    const read = new Map(), reading = new Set();  // "block|head"
+    let busy = 0, passing = 0, keys = 0, tiles = 0;
+    programs.forEach(({ seq, head, split, begins, tiles: own }, row) => {
+      const y = top + row * high, middle = y + high / 2 + size * 0.33;
+      parts.push(text(left - 8, middle, `sequence ${seq}, head ${head}, split ${split}`, { "text-anchor": "end", class: "muted", style: `font-size: ${Math.min(10, size)}px` }));
+      if (!own.length) {
+        const now = begins === round - 1;
+        passing += now ? 1 : 0;
+        parts.push(svg("rect", { x: left + begins * wide + 1.5, y: y + 1.5, width: wide - 3, height: high - 3, fill: "none",
+          stroke: now ? "var(--kv-ink)" : "var(--kv-muted)", "stroke-width": now ? 2.2 : 1, "stroke-dasharray": "3 3" }));
+        parts.push(text(left + (begins + 0.5) * wide, middle, "nothing", { "text-anchor": "middle", class: "muted", style: `font-size: ${Math.min(9, size, wide / 5)}px` }));
       }
-      program.tiles.forEach(([from, to], i) => {
-        const when = program.begins + i, blocks = [];
-        for (let slot = from; slot < to; slot += data.block) blocks.push(data.tables[program.seq][Math.floor(slot / data.block)]);
-        const now = when === round - 1, past = when < round;
-        if (past) blocks.forEach((block) => read.set(block, program.seq));
-        if (now) blocks.forEach((block) => reading.set(block, program.seq));
+      own.forEach(([from, to], i) => {
+        const when = begins + i, past = when < round, now = when === round - 1, blocks = [];
+        for (let slot = from; slot < to; slot += data.block) {
+          const block = data.tables[seq][Math.floor(slot / data.block)];
+          blocks.push(block);
+          if (past) read.set(`${block}|${head}`, seq);
+          if (now) reading.add(`${block}|${head}`);
+        }
         busy += now ? 1 : 0;
-        done += past && program.head === 0 ? to - from : 0;
-        parts.push(
-          svg("rect", { x: left + when * wide, y, width: wide - 1.5, height: high - 1.5, fill: past ? colour(program.seq) : "var(--kv-faint)", stroke: now ? "var(--kv-ink)" : "none", "stroke-width": 1.5 }),
-          svg("text", { x: left + when * wide + wide / 2 - 1, y: y + high * 0.7, "text-anchor": "middle", style: `font-size: ${Math.min(9, high * 0.7, wide / 4)}px` }, blocks.join(" ")));
+        keys += past ? to - from : 0;
+        tiles += 1;
+        parts.push(box(left + when * wide + 1.5, y + 1.5, wide - 3, high - 3, seq, past, now));
+        parts.push(text(left + (when + 0.5) * wide, middle, blocks.join(" "), { "text-anchor": "middle", style: `font-size: ${Math.min(size, wide / 4)}px` }));
       });
     });
-    if (settings.splits > 1) {
-      parts.push(svg("text", { x: left + (rounds - 1) * wide + 2, y: 20, class: "muted", style: "font-size: 9px" }, "merge"));
-    }
-    parts.push(svg("line", { x1: left + round * wide - 1, x2: left + round * wide - 1, y1: 20, y2: 26 + list.length * high, stroke: "var(--kv-accent)", "stroke-width": 1.5 }));
-
-    const top = 330, perRow = 12, cell = 42;
-    parts.push(svg("text", { x: 8, y: top - 10, class: "muted" }, "the pool: block by block, filled as far as it has been read; framed: being read in this round"));
-    for (let block = 0; block < data.blocks; block++) {
-      const x = 100 + (block % perRow) * cell, y = top + Math.floor(block / perRow) * 36;
-      const owner = data.tables.findIndex((table) => table.includes(block));
-      const place = owner < 0 ? -1 : data.tables[owner].indexOf(block);
-      const held = owner < 0 ? 0 : Math.min(data.block, data.lengths[owner] - place * data.block) / data.block;
-      parts.push(svg("rect", { x, y, width: cell - 4, height: 30, fill: "var(--kv-faint)" }));
-      if (owner >= 0) {
-        parts.push(svg("rect", { x, y, width: (cell - 4) * held, height: 30, fill: colour(owner), "fill-opacity": read.has(block) ? 1 : 0.3,
-          stroke: reading.has(block) ? "var(--kv-ink)" : "none", "stroke-width": 2 }));
+    if (splits > 1) {
+      for (let first = 0; first < programs.length; first += splits) {  // one merge for all splits of a head
+        const { seq } = programs[first];
+        parts.push(box(left + folded * wide + 1.5, top + first * high + 1.5, wide - 3, splits * high - 3, seq, round === rounds, round === rounds));
+        parts.push(text(left + (folded + 0.5) * wide, top + (first + splits / 2) * high + 3, wide > 55 ? `${splits} partials` : splits, { "text-anchor": "middle", style: "font-size: 10px" }));
       }
-      parts.push(svg("text", { x: x + (cell - 4) / 2, y: y + 19, "text-anchor": "middle", style: "font-size: 10px", class: owner < 0 ? "muted" : "" }, String(block)));
     }
-    parts.push(svg("text", { x: 100, y: top + 88, class: "muted" }, `each processor: ${settings.processors} in all, ${round > 0 && round <= rounds ? busy : 0} of them fold a tile now`));
+
+    const pool = top + programs.length * high + 26, perRow = 12, cell = 51;
+    picture.setAttribute("viewBox", `0 0 660 ${pool + 108}`);
+    parts.push(text(8, pool - 6, "the pool: the number of a block, and under it its places for head 0 and head 1", { class: "muted" }));
+    for (let block = 0; block < data.blocks; block++) {
+      const x = 26 + (block % perRow) * cell, y = pool + 4 + Math.floor(block / perRow) * 52;
+      const owner = data.tables.findIndex((table) => table.includes(block));
+      parts.push(text(x, y + 11, block, { class: owner < 0 ? "muted" : "", style: "font-size: 10px" }));
+      for (let head = 0; head < data.heads; head++) {
+        const at = y + 15 + head * 14;
+        parts.push(svg("rect", { x, y: at, width: cell - 7, height: 11, fill: "var(--kv-faint)" }));
+        if (owner < 0) continue;
+        const place = data.tables[owner].indexOf(block);
+        const held = Math.min(data.block, data.lengths[owner] - place * data.block) / data.block;
+        parts.push(box(x, at, (cell - 7) * held, 11, owner, read.has(`${block}|${head}`), reading.has(`${block}|${head}`)));
+      }
+    }
     layer.replaceChildren(...parts);
 
-    const tokens = data.lengths.reduce((sum, length) => sum + length, 0);
-    const empty = list.filter(({ tiles }) => !tiles.length).length;
-    const known = data.tokens[`${state.tile}|${state.splits}`];
-    const over = state.round > rounds ? ` Round ${state.round} is past the end.` : "";
-    const waves = Math.ceil(list.length / settings.processors);
-    kit.readout.textContent = `Round ${round} of ${rounds}: ${list.length} programs on ${settings.processors} processors, ${waves} ${waves === 1 ? "wave" : "waves"}, ${empty} with nothing to read. `
-      + `${done} of ${tokens} tokens of K have been read, each once for all ${data.group} query heads.${round === rounds && known === done ? ` The real kernel asked for ${known} too.` : ""}${over}`;
+    const all = data.heads * data.lengths.reduce((sum, length) => sum + length, 0);
+    const empty = programs.filter(({ tiles: own }) => !own.length).length;
+    const doing = round === 0 ? "Nothing has begun." : round > folded ? `The second kernel merges ${splits} partials a head.` : `${busy} of ${processors} processors fold a tile${passing ? `, ${passing} ${passing === 1 ? "finds" : "find"} nothing to read` : ""}.`;
+    const agrees = keys === all && data.tokens[`${tile}|${splits}`] * data.heads === keys ? " The real kernel asked for as many." : "";
+    kit.readout.textContent = `Round ${round} of ${rounds}, each as long as ${tile} tokens. ${doing} Read so far: ${keys} of ${all} keys, each once for ${data.group} query heads.${agrees} `
+      + `The whole walk: ${programs.length} programs, ${empty} with nothing to read; as long as ${rounds * tile} tokens; a processor folds in ${Math.round(100 * tiles / (processors * rounds))} % of its rounds.`;
   });
 }
