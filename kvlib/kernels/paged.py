@@ -43,15 +43,18 @@ def load_rows(
     """
     inside = seen[:, None] & (dims < WIDTH)[None, :]
     if BITS == 0:
-        return tl.load(codes + place[:, None] * WIDTH + dims[None, :], mask=inside, other=0.0)
-    columns: tl.constexpr = WIDTH * BITS // 8
-    byte = tl.load(codes + place[:, None] * columns + (dims % columns)[None, :], mask=inside, other=0).to(tl.int32)
-    code = (byte >> (dims // columns * BITS)[None, :]) & (2**BITS - 1)
-    group = (place // TOKENS)[:, None] * (WIDTH // GROUP) + (dims // GROUP)[None, :]
-    step = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
-    if SYMMETRIC:
-        return (code - (2**BITS - 2) // 2).to(tl.float32) * step
-    return code.to(tl.float32) * step + tl.load(offset + group, mask=inside, other=0.0).to(tl.float32)
+        rows = tl.load(codes + place[:, None] * WIDTH + dims[None, :], mask=inside, other=0.0)
+    else:
+        columns: tl.constexpr = WIDTH * BITS // 8
+        byte = tl.load(codes + place[:, None] * columns + (dims % columns)[None, :], mask=inside, other=0).to(tl.int32)
+        code = (byte >> (dims // columns * BITS)[None, :]) & (2**BITS - 1)
+        group = (place // TOKENS)[:, None] * (WIDTH // GROUP) + (dims // GROUP)[None, :]
+        step = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
+        if SYMMETRIC:
+            rows = (code - (2**BITS - 2) // 2).to(tl.float32) * step
+        else:
+            rows = code.to(tl.float32) * step + tl.load(offset + group, mask=inside, other=0.0).to(tl.float32)
+    return rows  # the only return: Triton compiles what follows another, and wants one type
 
 
 @triton.jit
