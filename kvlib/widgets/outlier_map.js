@@ -131,11 +131,12 @@ function explore(kit, data) {
 
     const others = results.filter((other) => other.rest < chosen.rest).length;
     const what = plant.factor > 1 ? "The error of what is not planted" : "The error";
-    const rank = others ? `${others} of the other ${results.length - 1} groupings do better` : "no other grouping does better";
+    const rank = others === 0 ? "no other grouping does better" : others === 1 ? "one other grouping does better"
+      : `${others === results.length - 1 ? "all" : others} of the other ${results.length - 1} groupings do better`;
     kit.readout.replaceChildren(
       `${state.side.toUpperCase()} of layer ${state.layer}, KV head ${state.head}: ${state.bits} bits and a scale and offset for `,
       `${chosen.size} numbers make `, element("b", {}, `${number(bitsFor(chosen.size), 2)} bits per number`), `. ${what} is `,
-      element("b", {}, percent(chosen.rest)), ` of its size; ${rank}.`);
+      element("b", {}, percent(chosen.rest)), `${chosen.rest >= 2 ? "" : " of"} its size; ${rank}.`);
     const expected = data.expected[[state.side, state.layer, state.head, state.plant, state.group, state.bits].join("|")];
     delete kit.root.dataset.agrees;
     if (expected) {
