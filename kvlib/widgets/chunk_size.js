@@ -77,9 +77,9 @@ function explore(kit, data) {
       parts.push(group);
     };
     panel(52, "scores of a layer", 2e5, 1e12, [1e6, 1e9, 1e12], (v) => (v >= 1e12 ? "1 TB" : bytes(v).replace(".0", "")),
-      [[({ size }) => scores(size, prompt), "var(--kv-q)", "one shot"], [({ size }) => scores(size, data.tile), "var(--kv-amber)", "tiles"]]);
+      [[({ size }) => scores(size, prompt), "var(--kv-r1)", "one shot"], [({ size }) => scores(size, data.tile), "var(--kv-amber)", "tiles"]]);
     panel(272, "first token", 50, 12000, [100, 1000, 10000], tick, [[({ first }) => first, "var(--kv-accent)", ""]]);
-    panel(492, "longest gap", 3, 4000, [10, 100, 1000], tick, [[({ gap }) => gap, "var(--kv-k)", ""]]);
+    panel(492, "longest gap", 3, 4000, [10, 100, 1000], tick, [[({ gap }) => gap, "var(--kv-r0)", ""]]);
 
     // The steps of the prefill, one after the other, as wide as they take; between two of them everybody gets a token.
     const left = 52, wide = 590, top = 320, high = 40;
@@ -88,12 +88,12 @@ function explore(kit, data) {
       const width = (wide * ms) / here.first;
       const gap = width > 3 ? 1 : 0;
       parts.push(svg("rect", { x, y: top, width: Math.max(0.3, width - gap), height: high,
-        fill: ms === here.gap ? "var(--kv-k)" : i % 2 ? "var(--kv-line)" : "var(--kv-faint)" }));
+        fill: ms === here.gap ? "var(--kv-r0)" : i % 2 ? "var(--kv-line)" : "var(--kv-faint)" }));
       x += width;
     });
     const steady = here.times.length === 1 ? "1 step" : `${number(here.times.length)} steps`;
     parts.push(
-      svg("text", { x: left, y: top - 10, class: "muted" }, `the newcomer's prefill: ${steady}, each as wide as it takes; the longest in blue`),
+      svg("text", { x: left, y: top - 10, class: "muted" }, `the newcomer's prefill: ${steady}, each as wide as it takes; the longest in colour`),
       svg("text", { x: left, y: top + high + 18, class: "muted" }, "0"),
       svg("text", { x: left + wide, y: top + high + 18, "text-anchor": "end", class: "muted" }, span(here.first)),
       svg("text", { x: left, y: top + high + 44 }, `first step ${span(here.times[0])}`),
