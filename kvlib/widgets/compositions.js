@@ -5,7 +5,8 @@
 //       start {block, codec, policy}. Compositions are numbered blocks first, then codecs, then policies.
 
 const KINDS = [["codes", "r1"], ["exact tail", "r4"], ["scales", "r3"], ["unused", "line"], ["tables", "muted"]];
-const FLOOR = 4e-4;   // where "nothing" is drawn on the logarithmic axis
+const GAP = 0.02;      // the axis of bits is cut here: above it lies int2 alone, far away
+const squash = (bits) => (bits < GAP ? bits : GAP + 0.0008 + (bits - 0.6) * 0.02);
 
 // The indices of compositions that no other beats in bytes and in loss; of equals the first.
 function frontier(sizes, losses) {
@@ -62,20 +63,22 @@ function explore(kit, data) {
 
   function drawPlot(sizes, losses, best, chosen, measure) {
     const group = svg("g");
-    const shown = losses.map((loss) => (measure === "bits" ? Math.max(FLOOR, loss) : loss));
+    const shown = losses.map((loss) => (measure === "bits" ? squash(loss) : loss));
     const all = { from: Math.min(...sizes) / 1.25, to: Math.max(...sizes) * 1.25, log: true, label: "memory (logarithmic)", show: gb };
     all.ticks = Array.from({ length: 7 }, (_, i) => 10 ** (i + 1)).flatMap((p) => [p, 2 * p, 5 * p]).filter((t) => t >= all.from && t <= all.to);
     const y = measure === "bits"
-      ? { from: 2.6e-4, to: 1.3, log: true, ticks: [FLOOR, 0.001, 0.01, 0.1, 1], show: (v) => (v === FLOOR ? "none" : String(v)), label: "bits per byte more, on tinylm (less is better)" }
+      ? { from: -0.001, to: 0.0232, ticks: [0, 0.005, 0.01, 0.015, squash(0.66)], show: (v) => (v === 0 ? "none" : v > GAP ? "0.66" : v.toFixed(3)), label: "bits per byte more, on tinylm (less is better)" }
       : { from: -4, to: 96, ticks: [0, 20, 40, 60, 80], show: (v) => `${v} %`, label: "recall lost, on tinylm (less is better)" };
     const at = axes(group, { left: 48, top: 104, width: width - 62, height: height - 154 }, all, y);
     const order = [...best].sort((a, b) => sizes[a] - sizes[b]);
     const stairs = order.flatMap((i, n) => [...(n ? [[at.x(sizes[i]), at.y(shown[order[n - 1]])]] : []), [at.x(sizes[i]), at.y(shown[i])]]);
     at.layer.append(svg("path", { d: path(stairs), fill: "none", style: "stroke: var(--kv-ink)", "stroke-width": 1.4 }));
-    sizes.forEach((size, i) => {
+    if (measure === "bits") at.layer.append(svg("line", { x1: 48, x2: width - 14, y1: at.y(GAP), y2: at.y(GAP), style: "stroke: var(--kv-muted)", "stroke-dasharray": "4 4" }));
+    const behind = sizes.map((_, i) => i).sort((a, b) => best.includes(a) - best.includes(b));   // the frontier in front
+    behind.forEach((i) => {
       const colour = { 0: "r0", 32: "accent", 256: "r6" }[names[i][0]];
       const on = best.includes(i);
-      const dot = svg("circle", { cx: at.x(size), cy: at.y(shown[i]), r: on ? 4.5 : 3.4, style: `fill: var(--kv-${on ? colour : "paper"}); stroke: var(--kv-${colour}); cursor: pointer`, "stroke-width": 1.5 });
+      const dot = svg("circle", { cx: at.x(sizes[i]), cy: at.y(shown[i]), r: on ? 5 : 3, style: `fill: var(--kv-${on ? colour : "paper"}); stroke: var(--kv-${colour}); cursor: pointer`, "stroke-width": 1.5 });
       dot.append(svg("title", {}, describe(i)));
       dot.addEventListener("click", () => choose(i));
       at.layer.append(dot);
