@@ -121,8 +121,14 @@ class KVCache:
         """Start a sequence and return its id. An empty one takes no block until something is appended.
 
         ``blocks``: ids of full blocks in use, which become its first tokens in every layer, shared with whoever holds
-        them (`kvlib.prefix`). A codec with an exact tail has none of theirs, so leave out blocks of the last
-        ``residual`` tokens. Raises ValueError if one is free, or if the cache evicts: its blocks have no fixed place.
+        them (`kvlib.prefix`). They must lie within `computed` of a sequence that began with these tokens.
+
+        What follows is as if those tokens had been appended, unless the codec keeps the last ``residual`` of them
+        exact: blocks have their codes only. Until ``residual`` more have been appended, queries see codes where they
+        would have seen exact rows; from then on the same rows read the same, to the last bit. But a model computes its
+        next rows from what queries see, so those and its answers differ, however few blocks are taken. `fork` is exact.
+
+        Raises ValueError if a block is free, or if the cache evicts: its blocks have no fixed place.
         """
         if len(blocks) and self.eviction:
             raise ValueError(f"a cache with {self.eviction} cannot start upon blocks, for what they hold may move")
