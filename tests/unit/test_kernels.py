@@ -3,6 +3,10 @@
 On a machine with CUDA the same tests run on the GPU.
 """
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -261,3 +265,15 @@ def test_query_heads_that_share_a_key_ask_for_it_once():
             paged.attend_blocks(q, cache._storage, 0, *arguments(cache, 0)[:3], 1, 64, paged.Schedule(16, 32, 1))
         asked.append(traffic.lanes - q.nbytes)
     assert asked[0] == asked[1]
+
+
+def test_every_kernel_compiles_for_cuda(root):
+    """The interpreter runs what the compiler would refuse; the compiler needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "tests/unit/compile_kernels.py"],
+        env=environment | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.split("\n")[:-1]
+    assert len(lines) == 5 and all("cubin" in line for line in lines), done.stdout
