@@ -88,6 +88,10 @@ class PrefixIndex(ABC):
         """
         return self.match_keys(self.keys(tokens, salt), len(tokens))
 
+    def peek(self, tokens: Sequence[int], salt: str = "") -> list[int]:
+        """The blocks that `match` would find, which do not become recently used: for who looks and runs nothing."""
+        return self._find(self.keys(tokens, salt)[: max(0, len(tokens) - 1) // self.block_size])
+
     def insert(self, tokens: Sequence[int], blocks: Sequence[int], computed: int, salt: str = "") -> Published:
         """Publish the complete blocks among the first ``computed`` tokens of a sequence that you hold.
 

@@ -87,6 +87,14 @@ class RadixTree(PrefixIndex):
         keys: list[Hashable] = [tuple(block) for block in self._cut(tokens, salt).tolist()]
         return [(salt, key) for key in keys[:1]] + keys[1:]  # whoever has another first block has another branch
 
+    def runs(self) -> list[tuple[list[Hashable], list]]:
+        """The tree, to be drawn: (keys, the runs below) for each run at the top, in the order in which they came."""
+
+        def below(run: _Run) -> list[tuple[list[Hashable], list]]:
+            return [(list(child.keys), below(child)) for child in run.children.values()]
+
+        return below(self._root)
+
     def _find(self, keys: Sequence[Hashable]) -> list[int]:
         found: list[int] = []
         run = self._root

@@ -263,6 +263,30 @@ def test_a_match_makes_a_prefix_recent(index_class):
 
 
 @BOTH
+@pytest.mark.parametrize("salt", ["", "tenant"])
+def test_a_peek_finds_what_a_match_finds_and_changes_nothing(index_class, salt):
+    _, index = build(index_class)
+    serve(index, A + B, salt)
+    serve(index, C + D, salt)
+    before = state(index), index._used.tolist()
+    peeked = [index.peek(tokens, salt) for tokens in ([], A, A + B, [*A, *B, 1], A + D, D)]
+    assert (state(index), index._used.tolist()) == before
+    assert peeked == [index.match(tokens, salt) for tokens in ([], A, A + B, [*A, *B, 1], A + D, D)]
+    assert index.peek([*A, *B, 1], "another") == []
+    assert [len(found) for found in peeked] == [0, 0, 1, 2, 1, 0]
+
+
+@BOTH
+def test_a_peek_leaves_the_oldest_the_oldest(index_class):
+    _, index = build(index_class)
+    _, (a, b) = serve(index, A + B)
+    serve(index, C + D)
+    assert index.peek([*A, *B, 1]) == [a, b]
+    index.evict(2)
+    assert index.pool.refs[[a, b]].tolist() == [0, 0]
+
+
+@BOTH
 def test_a_match_does_not_make_the_rest_recent(index_class):
     """A-B and then C-D; a prompt that begins with A alone leaves B the oldest."""
     _, index = build(index_class)
@@ -396,30 +420,21 @@ def test_a_reused_block_has_lost_its_key(index_class):
 # -- what each has of its own ------------------------------------------------------------------------------------------
 
 
-def shape(index):
-    """The radix tree as nested lists of (keys, children), in the order in which they came."""
-
-    def below(run):
-        return [(child.keys, below(child)) for child in run.children.values()]
-
-    return below(index._root)
-
-
 def test_a_radix_tree_splits_where_prompts_part_and_joins_again():
     _, index = build(RadixTree, size=1)
     serve(index, [1, 2, 3, 4])
     (first, *rest), *tail = [("", (1,)), (2,), (3,)], (4,)
-    assert shape(index) == [([first, *rest, *tail], [])]
+    assert index.runs() == [([first, *rest, *tail], [])]
     serve(index, [1, 2, 5])
-    assert shape(index) == [([first, (2,)], [([(3,), (4,)], []), ([(5,)], [])])]
+    assert index.runs() == [([first, (2,)], [([(3,), (4,)], []), ([(5,)], [])])]
     assert index.num_blocks == 5
     index.evict(2)  # 4 and 3
-    assert shape(index) == [([first, (2,), (5,)], [])]
+    assert index.runs() == [([first, (2,), (5,)], [])]
     index.evict(2)
     serve(index, [1, 6])
-    assert shape(index) == [([first, (6,)], [])]
+    assert index.runs() == [([first, (6,)], [])]
     serve(index, [7])
-    assert shape(index) == [([first, (6,)], []), ([("", (7,))], [])]
+    assert index.runs() == [([first, (6,)], []), ([("", (7,))], [])]
 
 
 def test_keys_of_a_hash_chain_name_whole_prefixes():
