@@ -155,3 +155,14 @@ class ChunkSize(Explorable, script="chunk_size.js"):
     each, and in ``expected["prompt|crowd|chunk"]`` what kvlib's engine simulates: tokens that the crowd holds when
     the prompt's first step begins, and milliseconds to the first token and of the longest gap.
     """
+
+
+class Timeline(Explorable, script="timeline.js"):
+    """Chapter 7: scrub through the steps of a serving engine and see who runs, who waits, who is preempted.
+
+    ``data``: the choices of ``doors`` (rules of batching), ``pools`` (blocks) and ``ways`` (of preemption), ``guests`` as
+    [prompt, output], the ``places`` in a batch, the ``start`` of each control; in ``runs["door|pool|way"]`` for each step
+    ``free`` blocks, ``tokens`` computed and ``moved``, ``ms``, those sent ``out``, output tokens ``made``, and in
+    ``rows`` a string for each request, a letter for a step; ``expected`` has steps, preemptions, output and computed
+    tokens as kvlib's summary counts them.
+    """
