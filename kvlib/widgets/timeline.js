@@ -22,7 +22,7 @@ function explore(kit, data) {
   const choice = kit.root.querySelectorAll("select")[1];
   kit.range("pool", "Blocks in the pool", { min: 0, max: data.pools.length - 1, value: data.pools.indexOf(data.start.pool), show: (i) => String(data.pools[i]) });
 
-  const width = 664, left = 74, right = 8, row = 17, top = 22;
+  const width = 664, left = 84, right = 8, row = 17, top = 22;
   const blocks = { top: top + count * row + 34, height: 62 };
   const load = { top: blocks.top + blocks.height + 34, height: 44 };
   const height = load.top + load.height + 38;
