@@ -30,9 +30,9 @@ function explore(kit, data) {
   picture.style.minWidth = "37rem";              // on a phone it scrolls
 
   const hatch = svg("pattern", { id: `${kit.root.id}-hatch`, width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-    svg("rect", { width: 5, height: 5, style: "fill: var(--kv-paper)" }), svg("rect", { width: 2, height: 5, style: "fill: var(--kv-v)" }));
+    svg("rect", { width: 5, height: 5, style: "fill: var(--kv-paper)" }), svg("rect", { width: 1.6, height: 5, style: "fill: var(--kv-ink)" }));
   const crossed = svg("pattern", { id: `${kit.root.id}-host`, width: 5, height: 5, patternUnits: "userSpaceOnUse" },
-    svg("rect", { width: 5, height: 5, style: "fill: var(--kv-paper)" }), svg("circle", { cx: 2.5, cy: 2.5, r: 1.3, style: "fill: var(--kv-v)" }));
+    svg("rect", { width: 5, height: 5, style: "fill: var(--kv-paper)" }), svg("circle", { cx: 2.5, cy: 2.5, r: 1.2, style: "fill: var(--kv-ink)" }));
   picture.append(svg("defs", {}, hatch, crossed));
   const layer = svg("g");
   picture.append(layer);
@@ -44,8 +44,8 @@ function explore(kit, data) {
     swatch("background: color-mix(in srgb, var(--kv-r0) 40%, transparent)", "reads its prompt, or reads again"),
     swatch("background: var(--kv-muted)", "has a place and no turn"),
     swatch("background: var(--kv-line)", "waits"),
-    swatch("background: repeating-linear-gradient(45deg, var(--kv-v) 0 2px, var(--kv-paper) 2px 5px)", "preempted"),
-    swatch("background: radial-gradient(var(--kv-v) 30%, var(--kv-paper) 34%) 0 0 / 5px 5px", "preempted, in host memory"));
+    swatch("background: repeating-linear-gradient(45deg, var(--kv-ink) 0 1.6px, var(--kv-paper) 1.6px 5px)", "preempted"),
+    swatch("background: radial-gradient(var(--kv-ink) 30%, var(--kv-paper) 34%) 0 0 / 5px 5px", "preempted, in host memory"));
   kit.readout.before(key);
 
   const styles = {
@@ -104,8 +104,8 @@ function explore(kit, data) {
         svg("line", { x1: left, x2: width - right, y1: box.top, y2: box.top, style: "stroke: var(--kv-line); stroke-dasharray: 2 3" }));
     };
     panel(blocks, run.free, pool, "blocks free", "var(--kv-r1)");
-    panel(load, run.ms, Math.ceil(Math.max(...run.ms)), "milliseconds of the step, simulated", "var(--kv-accent)");
-    for (const i of all) parts.push(svg("path", { d: `M${x(i - 0.5) - 3.5} ${blocks.top + blocks.height + 9}h7l-3.5 -7z`, style: "fill: var(--kv-v)" }));
+    panel(load, run.ms, Math.ceil(Math.max(...run.ms)), "milliseconds of the step, simulated", "var(--kv-line)");
+    for (const i of all) parts.push(svg("path", { d: `M${x(i - 0.5) - 3.5} ${blocks.top + blocks.height + 9}h7l-3.5 -7z`, style: "fill: var(--kv-accent)" }));
 
     const bottom = load.top + load.height;
     parts.push(svg("rect", { x: x(at), y: top - 4, width: Math.max(1.6, unit), height: bottom - top + 4, style: "fill: var(--kv-ink)", opacity: 0.8 }),
