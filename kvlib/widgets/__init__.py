@@ -161,8 +161,8 @@ class Timeline(Explorable, script="timeline.js"):
     """Chapter 7: scrub through the steps of a serving engine and see who runs, who waits, who is preempted.
 
     ``data``: the choices of ``doors`` (rules of batching), ``pools`` (blocks) and ``ways`` (of preemption), ``guests`` as
-    [prompt, output], the ``places`` in a batch, the ``start`` of each control; in ``runs["door|pool|way"]`` for each step
-    ``free`` blocks, ``tokens`` computed and ``moved``, ``ms``, those sent ``out``, output tokens ``made``, and in
-    ``rows`` a string for each request, a letter for a step; ``expected`` has steps, preemptions, output and computed
-    tokens as kvlib's summary counts them.
+    [prompt, output], the ``places`` in a batch, the ``start`` of each control. ``runs["door|pool|way"]`` has a text of
+    numbers, one per step, for ``free`` blocks, ``tokens`` computed, ``ms`` and output tokens ``made``; [step, tokens]
+    for those ``moved``, [step, ids] for those sent ``out``; in ``rows`` a text for each request, of letters with the
+    number of steps that each lasts. ``expected``: steps, preemptions, output and computed tokens of kvlib's summary.
     """

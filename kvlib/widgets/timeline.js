@@ -1,14 +1,26 @@
 // Who runs in which step, and how many blocks are free: the records of kvlib's engine, step by step.
-// data: { runs: { "door|pool|way": { rows: [a letter for each step], free, tokens, ms, moved, out: [[ids preempted]], made } }, doors, pools, ways,
+// data: { runs: { "door|pool|way": { rows: ["w3d20…"], free: "48 47 …", tokens, ms, made, moved: [[step, tokens]], out: [[step, ids]] } }, doors, pools, ways,
 //         guests: [[prompt, output]], places, start: { door, pool, way, step }, expected: { key: [steps, preemptions, output tokens, tokens computed] } }
-// Letters: d decodes, p reads its prompt (or reads again), s has a place and no turn, w waits, o preempted, h preempted to the host, . not there.
+// Letters, each with the number of steps that it lasts: d decodes, p reads its prompt (or reads again), s has a place and no turn, w waits, o preempted, h preempted to the host, . not there.
 
 function explore(kit, data) {
   const { svg, element } = kit;
   const count = data.guests.length;
   const colour = (i) => `var(--kv-r${i % 8})`;
   const plural = (n, noun, many = `${noun}s`) => `${number(n)} ${n === 1 ? noun : many}`;
-  const runOf = ({ door, pool, way }) => data.runs[`${door}|${data.pools[pool]}|${way}`];
+  const unpacked = {};
+  function unpack(key) {
+    const { rows, out, moved, ...lists } = data.runs[key];
+    const run = { rows: rows.map((row) => row.replace(/(\D)(\d+)/g, (_, letter, times) => letter.repeat(Number(times)))) };
+    for (const [name, text] of Object.entries(lists)) run[name] = text.split(" ").map(Number);
+    run.out = run.free.map(() => []);
+    run.moved = run.free.map(() => 0);
+    for (const [at, ids] of out) run.out[at] = ids;
+    for (const [at, tokens] of moved) run.moved[at] = tokens;
+    return run;
+  }
+  const named = (door, pool, way) => (unpacked[`${door}|${pool}|${way}`] ??= unpack(`${door}|${pool}|${way}`));
+  const runOf = ({ door, pool, way }) => named(door, data.pools[pool], way);
   const sum = (list, end = list.length) => list.slice(0, end).reduce((a, b) => a + b, 0);
 
   const setStep = kit.range("step", "Step", { min: 1, max: data.expected[`${data.start.door}|${data.start.pool}|${data.start.way}`][0], value: data.start.step });
@@ -75,7 +87,7 @@ function explore(kit, data) {
     choice.disabled = !all.length;
     jump.disabled = !all.length || following(run, step) === step;
 
-    const longest = Math.max(...data.doors.flatMap((door) => data.ways.map((way) => data.runs[`${door}|${pool}|${way}`].free.length)));
+    const longest = Math.max(...data.doors.flatMap((door) => data.ways.map((way) => named(door, pool, way).free.length)));
     const unit = (width - left - right) / longest, x = (i) => left + i * unit;
     const parts = [];
     for (let i = 0; i < count; i++) {
