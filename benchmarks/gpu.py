@@ -169,7 +169,6 @@ def cases(bench: Bench, codec: str, shapes: Iterator, **options: Any) -> Iterato
         case = Case(bench, CODECS[codec], batch, context, **options)
         if case.fits:
             yield case
-        del case
 
 
 def checked(error: float) -> float:

@@ -134,10 +134,8 @@ def critical_batch(
     weights alone, and attention's intensity is a limit that no batch exceeds. False asks about the weights only.
     """
     ridge = find_device(device).ridge(dtype)
-    one, two = (step(model, 1, context, batch, **settings) for batch in (1, 2))
-    weights = one.linear.bytes
-    each = two.linear.flops - one.linear.flops
-    read = 0.0
+    one = step(model, 1, context, 1, **settings)
+    weights, each, read = one.linear.bytes, one.linear.flops, 0.0
     if whole:
         each, read = each + one.attention.flops, one.attention.bytes
     gain = each - ridge * read  # by how much a sequence brings arithmetic closer to reading, in FLOP

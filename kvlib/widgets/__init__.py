@@ -160,7 +160,8 @@ class ChunkSize(Explorable, script="chunk_size.js"):
 class Timeline(Explorable, script="timeline.js"):
     """Chapter 7: scrub through the steps of a serving engine and see who runs, who waits, who is preempted.
 
-    ``data``: the choices of ``doors`` (rules of batching), ``pools`` (blocks) and ``ways`` (of preemption), ``guests`` as
+    ``data``: the choices of ``doors`` (rules of batching), ``pools`` (blocks) and ``ways`` (of preemption),
+    ``guests`` as
     [prompt, output], the ``places`` in a batch, the ``start`` of each control. ``runs["door|pool|way"]`` has a text of
     numbers, one per step, for ``free`` blocks, ``tokens`` computed, ``ms`` and output tokens ``made``; [step, tokens]
     for those ``moved``, [step, ids] for those sent ``out``; in ``rows`` a text for each request, of letters with the
